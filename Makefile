@@ -1,0 +1,56 @@
+# The commands of this project. `make setup` is part of each of them, so a fresh clone needs only one.
+#
+# Indexes, mirrors and proxies are yours: pip's own settings apply. Variables you may set:
+#   PYTHON=python3.12       another interpreter, 3.11 or newer
+#   TORCH=torch==2.13.0     another build, e.g. TORCH="torch==2.13.0 --index-url URL" for CPU or one CUDA
+#   PYTEST_ARGS="-k store"  passed on by `make test`
+#   KDSR_DATA=FOLDER        benchmark data, for the checks and measurements that need it
+
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kdsr-setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# degradation_samples.py draws a picture for the docs and measures nothing.
+MEASURES := $(filter-out bench/degradation_samples.py,$(sort $(wildcard bench/*.py)))
+
+.PHONY: demo test lint format bench setup clean
+
+demo: setup ## the whole main job on a few photographs; ends with a table and a picture
+	$(BIN)/python jobs/demo.py
+
+test: setup ## all tests; the S3 ones start their own server
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## repair what can be repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure; each script prints JSON
+	set -e; for script in $(MEASURES); do $(BIN)/python $$script; done
+
+setup: $(STAMP) ## create .venv with everything in it
+
+# torch comes first: with it in place nothing else asks for another build. spandrel comes without its
+# dependencies because it asks for torchvision, which has no build that fits a CPU build of torch.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or name yours: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is too old; kdsr needs Python 3.11 or newer" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH)
+	$(PIP) install -c constraints.txt -e '.[dev,s3-local,teachers]'
+	$(PIP) install -c constraints.txt --no-deps spandrel
+	@touch $@
+
+clean: ## remove what the commands made, .venv too
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

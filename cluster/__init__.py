@@ -1,0 +1,1 @@
+"""Everything that knows Ray. Knows no pixels: it moves work to machines."""

@@ -1,0 +1,317 @@
+"""Upscale every image under a prefix with Ray Data. Knows no pixels: it moves tasks to actors and counts.
+
+list -> manifest -> minus what is done -> one stage of actors that read, upscale and write images -> status
+rows -> ledger -> report. Only tasks and status rows travel through Ray; pixels never leave their actor.
+"""
+
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from tqdm import tqdm
+
+from cluster import session
+from kdsr import manifest
+from kdsr.checkpoint import load_model
+from kdsr.config import UpscaleConfig
+from kdsr.engine import Engine
+from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
+from kdsr.manifest import Plan, Records, Report, Status, Task
+from kdsr.spec import Card
+from kdsr.store import open_store
+from kdsr.upscale import ObjectUpscaler, PixelBudget, Upscaler, compute_threads
+
+READER_CPUS = 1.0
+"""What Ray Data's tasks that list, read and divide the manifest need; without it nothing ever begins."""
+MAX_TASK_ROWS = 16
+"""Images that an actor is given at once: what is redone when it dies, and how often progress is heard of."""
+EXTRA_IMAGES = 2
+"""Images that an actor downloads, decodes, encodes or writes while others keep its cores busy."""
+BUDGET_PIXELS = 256_000_000
+"""Output pixels that an actor holds at once; an image beyond it is done alone."""
+MAX_DEATHS = 3
+"""An image that was begun when its worker died so often is given up."""
+FLUSH_SECONDS = 5.0
+"""Longest that a finished image waits to be written to the ledger while others finish."""
+MAX_LISTED_FAILURES = 1000
+
+
+def upscale(config: UpscaleConfig) -> Report:
+    """Upscale what is not done yet under `config.input`, and return the sums that `report.json` holds.
+
+    Raises RequestError and UnknownModel before Ray starts, StoreError when the manifest or the ledger cannot
+    be written, KdsrError when the cluster fails. An image that fails is counted, not raised.
+    """
+    began = time.monotonic()
+    card = load_model(config.model, config.store).card
+    _require_scale(card, config)
+    source, output = open_store(config.input, config.store), open_store(config.output, config.store)
+    run = manifest.run_id(source.uri, model_sha256=card.sha256, options={"quality": config.quality})
+    records = Records(output, run)
+    plan = records.plan(manifest.list_tasks(source, output_uri=output.uri, run=run))
+    tally = Tally()
+    if plan.pending:
+        _run(config, card, records, plan, tally)
+    report = tally.report(plan, config, card, run=run, seconds=time.monotonic() - began)
+    records.finish(report)
+    return report
+
+
+def _require_scale(card: Card, config: UpscaleConfig) -> None:
+    if config.scale not in (None, card.spec.scale):
+        raise RequestError(
+            f"scale {config.scale} was asked for, and model {card.name} upscales x{card.spec.scale}; "
+            f"leave --scale out or choose another model"
+        )
+
+
+@dataclass
+class Tally:
+    """Sums of the status rows seen so far."""
+
+    done: int = 0
+    failed: int = 0
+    megapixels: float = 0.0
+    failed_keys: dict[str, str] = field(default_factory=dict)
+
+    def add(self, status: Status) -> None:
+        """Count one row."""
+        self.megapixels += status.megapixels
+        if status.status == "done":
+            self.done += 1
+            return
+        self.failed += 1
+        if len(self.failed_keys) < MAX_LISTED_FAILURES:
+            self.failed_keys[status.key] = f"{status.error_class} ({status.stage}): {status.message}"
+
+    def report(self, plan: Plan, config: UpscaleConfig, card: Card, *, run: str, seconds: float) -> Report:
+        """The sums beside what was asked."""
+        return Report(
+            run=run,
+            input=config.input,
+            output=config.output,
+            model=config.model,
+            model_sha256=card.sha256,
+            listed=plan.listed,
+            done=self.done,
+            skipped=plan.skipped,
+            failed=self.failed,
+            failed_keys=self.failed_keys,
+            output_megapixels=round(self.megapixels, 6),
+            seconds=round(seconds, 3),
+        )
+
+
+# ---------------------------------------------------------------- driver
+
+
+def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally: Tally) -> None:
+    """Do what is pending; every finished row reaches the ledger, whatever ends the run."""
+    session.connect(config.cluster)
+    _leave_terminal_to_our_bar()
+    unsaved: list[Status] = []
+    last_flush = time.monotonic()
+    try:
+        with _bar(plan) as bar:
+            for status in _statuses(config, card, records, plan):
+                tally.add(status)
+                unsaved.append(status)
+                _advance(bar, tally)
+                if time.monotonic() - last_flush > FLUSH_SECONDS:
+                    records.append(unsaved)
+                    unsaved, last_flush = [], time.monotonic()
+    except ray.exceptions.RayError as error:
+        raise KdsrError(
+            f"the cluster stopped the run after {tally.done + tally.failed} of {plan.pending} images: "
+            f"{_last_line(error)}; the same command goes on from here"
+        ) from error
+    finally:
+        records.append(unsaved)
+
+
+def _bar(plan: Plan) -> "tqdm[Any]":
+    """A bar on a terminal, a line now and then in a log."""
+    seconds = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=plan.listed,
+        initial=plan.skipped,
+        unit="image",
+        file=sys.stderr,
+        mininterval=seconds,
+        leave=False,
+    )
+
+
+def _advance(bar: "tqdm[Any]", tally: Tally) -> None:
+    seconds = bar.format_dict["elapsed"]
+    rate = tally.megapixels / seconds if seconds else 0.0
+    bar.set_postfix_str(f"{rate:.1f} Mpx/s, {tally.failed} failed", refresh=False)
+    bar.update()
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -> Iterator[Status]:
+    """Status rows in the order in which tasks finish."""
+    cluster = config.cluster
+    shape = _actor_shape(config)
+    filesystem, root = open_store(config.output, config.store).arrow()
+    tasks = ray.data.read_parquet(f"{root}/{records.pending_key}", filesystem=filesystem)
+    # An actor answers a whole block at a time, and the blocks are spread over the actors.
+    rows = min(MAX_TASK_ROWS, math.ceil(plan.pending / (4 * cluster.num_workers)))
+    statuses = tasks.repartition(target_num_rows_per_block=rows).map_batches(
+        UpscaleActor,
+        fn_constructor_kwargs={
+            "config": config,
+            "model_sha256": card.sha256,
+            "num_threads": shape.num_threads,
+            "deaths": ray.remote(num_cpus=0, max_restarts=-1)(DeathCount).remote(),
+        },
+        batch_size=rows,
+        batch_format="pyarrow",
+        # Two calls at a time, so that the end of one task overlaps with the beginning of the next.
+        compute=ray.data.ActorPoolStrategy(
+            size=cluster.num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=shape.cpus,
+        num_gpus=1 if cluster.use_gpu else 0,
+    )
+    for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from manifest.table_to_statuses(batch)
+
+
+@dataclass(frozen=True)
+class _ActorShape:
+    """What one actor takes of the cluster."""
+
+    cpus: float
+    """CPUs that Ray reserves."""
+    num_threads: int
+    """Cores that its network keeps busy. Reading needs its reserved CPU for moments only."""
+
+
+def _actor_shape(config: UpscaleConfig) -> _ActorShape:
+    """As asked, or the cluster's CPUs divided. Raises RequestError when reading would be starved."""
+    workers, asked = config.cluster.num_workers, config.cluster.cpus_per_worker
+    total = ray.cluster_resources().get("CPU", 0.0)
+    share = asked if asked is not None else math.floor(100 * (total - READER_CPUS) / workers) / 100
+    if share <= 0 or share * workers > total - READER_CPUS:
+        raise RequestError(
+            f"cluster.num_workers {workers} with {share:g} CPUs each and {READER_CPUS:g} for reading are "
+            f"more than the {total:g} CPUs of this cluster; ask for fewer workers, set "
+            f"cluster.cpus_per_worker lower, or join a larger cluster with cluster.address"
+        )
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if config.cluster.use_gpu and gpus < workers:
+        raise RequestError(
+            f"cluster.use_gpu with cluster.num_workers {workers} needs as many GPUs, and this cluster has "
+            f"{gpus:g}; ask for fewer workers or leave out cluster.use_gpu"
+        )
+    # Ray reserves whole CPUs once an actor wants more than one.
+    return _ActorShape(
+        cpus=float(math.floor(share)) if share >= 1 else share,
+        num_threads=math.ceil(asked) if asked is not None else max(1, int(total / workers)),
+    )
+
+
+def _leave_terminal_to_our_bar() -> None:
+    """Ray Data's own progress and plans go to its log file only."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+
+
+# ---------------------------------------------------------------- workers
+
+
+class DeathCount:
+    """Which images were begun and not ended: those that a dying worker had in hand. One actor for all."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin_all(self, ids: list[str]) -> list[int]:
+        """How often each was begun without an end before; marks all as begun when none ever was."""
+        earlier = [self._begun[id_] for id_ in ids]
+        if not any(earlier):
+            self._begun.update(ids)
+        return earlier
+
+    def begin(self, id_: str) -> None:
+        """Mark one image as begun once more."""
+        self._begun[id_] += 1
+
+    def end(self, ids: list[str]) -> None:
+        """Forget images that were answered for."""
+        for id_ in ids:
+            self._begun.pop(id_, None)
+
+
+class UpscaleActor:
+    """One network that waits for tasks. A table of tasks in, a table of status rows out."""
+
+    def __init__(
+        self, config: UpscaleConfig, model_sha256: str, num_threads: int, deaths: "ActorHandle[Any]"
+    ) -> None:
+        loaded = load_model(config.model, config.store)
+        if loaded.card.sha256 != model_sha256:
+            raise CheckpointCorrupt(f"{config.model} is another model here than where the run was started")
+        use_gpu = config.cluster.use_gpu
+        num_threads = 1 if use_gpu else min(num_threads, len(os.sched_getaffinity(0)))
+        engine = Engine(loaded.model, device="cuda" if use_gpu else "cpu")
+        self._objects = ObjectUpscaler(
+            source=open_store(config.input, config.store),
+            target=open_store(config.output, config.store),
+            upscaler=Upscaler(engine, compute=compute_threads(num_threads)),
+            max_pixels=config.max_pixels,
+            quality=config.quality,
+            budget=PixelBudget(BUDGET_PIXELS),
+        )
+        self._images = ThreadPoolExecutor(num_threads + EXTRA_IMAGES, thread_name_prefix="images")
+        self._deaths = deaths
+        self._one_suspect = threading.Lock()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Do a batch of tasks, at once or, when a worker died over it, one after the other."""
+        tasks = manifest.table_to_tasks(batch)
+        ids = [task.id for task in tasks]
+        earlier = ray.get(self._deaths.begin_all.remote(ids))
+        if any(earlier):
+            statuses = [self._do_alone(task, count) for task, count in zip(tasks, earlier, strict=True)]
+        else:
+            statuses = list(self._images.map(self._objects.upscale, tasks))
+        ray.get(self._deaths.end.remote(ids))
+        return manifest.statuses_to_table(statuses)
+
+    def _do_alone(self, task: Task, num_deaths: int) -> Status:
+        """Do one task of a batch over which a worker died, so that the next death names the culprit."""
+        if num_deaths >= MAX_DEATHS:
+            return Status(
+                task.id,
+                task.key,
+                task.target,
+                "failed",
+                stage="upscale",
+                error_class="worker_died",
+                message=f"its worker died {num_deaths} times, out of memory or by a crash; given up",
+            )
+        with self._one_suspect:
+            ray.get(self._deaths.begin.remote(task.id))
+            status = self._objects.upscale(task)
+            ray.get(self._deaths.end.remote([task.id]))
+        return status

@@ -1,0 +1,104 @@
+"""Join the Ray cluster that a job was submitted to, or start a private one on this machine."""
+
+import math
+import os
+
+import ray
+
+from kdsr.config import ClusterConfig
+from kdsr.errors import RequestError
+
+# Ray's own default is 30 % of the memory; encoded bytes and status rows need far less.
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def connect(config: ClusterConfig) -> None:
+    """Connect once for this process; a second call is free.
+
+    Joins `config.address` or RAY_ADDRESS. With neither, starts a local cluster that no other process can
+    join. Raises RequestError when the named cluster does not answer.
+    """
+    if ray.is_initialized():
+        return
+    _set_defaults()
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        ray.init(
+            address="local",
+            num_cpus=logical_cpus(),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level="warning",
+        )
+        return
+    try:
+        ray.init(address=address, logging_level="warning")
+    except ConnectionError as error:
+        raise RequestError(
+            f"no Ray cluster answers at {address}: {error}; start it, or leave out cluster.address and "
+            f"RAY_ADDRESS to run on this machine"
+        ) from None
+
+
+def logical_cpus() -> int:
+    """CPUs that a local cluster announces: one more than there are, kept for reading.
+
+    A pool of actors that took every announced CPU would leave none for the tasks that feed it, and the job
+    would wait for ever.
+    """
+    return _cores() + 1
+
+
+def worker_cpus(config: ClusterConfig) -> float:
+    """CPU share of one worker: as asked, or an equal part of the cluster less one CPU for reading."""
+    if config.cpus_per_worker is not None:
+        return config.cpus_per_worker
+    share = max(1.0, ray.cluster_resources().get("CPU", 2.0) - 1) / config.num_workers
+    return float(int(share)) if share >= 1 else math.floor(100 * share) / 100
+
+
+def worker_threads(config: ClusterConfig, *, workers_on_node: int) -> int:
+    """Threads that one worker computes with: its CPU share where that was asked for, else its part of the node."""
+    if config.cpus_per_worker is not None:
+        return max(1, int(config.cpus_per_worker))
+    return max(1, _cores() // workers_on_node)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def require_capacity(config: ClusterConfig) -> None:
+    """Raise RequestError when the cluster can never run the workers that were asked for.
+
+    A cluster that scales by itself may grow; it is believed and Ray waits for it.
+    """
+    if _scales_by_itself():
+        return
+    found = ray.cluster_resources()
+    needed = {"CPU": worker_cpus(config) * config.num_workers, "GPU": float(config.use_gpu) * config.num_workers}
+    for resource, amount in needed.items():
+        if amount > found.get(resource, 0.0) + 1e-6:
+            raise RequestError(
+                f"cluster.num_workers {config.num_workers} need {amount:g} {resource}, and this cluster has "
+                f"{found.get(resource, 0.0):g}; ask for fewer workers, set cluster.cpus_per_worker lower, "
+                f"or join a larger cluster with cluster.address"
+            )
+
+
+def _scales_by_itself() -> bool:
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        return bool(get_cluster_status(ray.get_runtime_context().gcs_address).pending_launches)
+    except RuntimeError:
+        return False
+
+
+def _set_defaults() -> None:
+    """Ray's settings that kdsr depends on; whoever set them before is respected."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+    # Workers would change into Ray's own folder, and relative paths of the job would no longer hold.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")

@@ -1,0 +1,193 @@
+"""Models and training states in a store. What has no card, or no `latest.json`, does not exist.
+
+A model directory is `model.safetensors` and, written after it, `card.json`. Nothing is ever unpickled.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from kdsr.config import StoreConfig
+from kdsr.errors import CheckpointCorrupt, KeyNotFound, RequestError, UnknownModel
+from kdsr.models import SrModel, build_model, num_parameters
+from kdsr.models.imported import read_checkpoint
+from kdsr.spec import Card, ImportedSpec
+from kdsr.store import Store, open_object, open_store
+
+WEIGHTS_KEY, CARD_KEY = "model.safetensors", "card.json"
+BUNDLED = Path(__file__).parent / "weights"
+FOREIGN_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in evaluation mode and what is known of it."""
+
+    model: SrModel
+    card: Card
+
+
+def bundled_names() -> list[str]:
+    """Names of the models that come with kdsr."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CARD_KEY}"))
+
+
+def load_model(reference: str, config: StoreConfig = StoreConfig()) -> LoadedModel:
+    """A model by bundled name, by the uri of its directory, or from a public checkpoint file.
+
+    Raises UnknownModel when there is none, CheckpointCorrupt when weights and card do not belong together.
+    """
+    if reference.endswith(FOREIGN_SUFFIXES):
+        return _load_foreign(reference, config)
+    card, store = _open_directory(reference, config)
+    weights = store.get(WEIGHTS_KEY)
+    _check_digest(f"{store.uri}/{WEIGHTS_KEY}", weights, card.sha256)
+    model = build_model(card.spec)
+    try:
+        model.load_state_dict(load_safetensors(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointCorrupt(f"{store.uri}: the weights do not fit their card: {error}") from None
+    return LoadedModel(model.eval(), card)
+
+
+def load_card(reference: str, config: StoreConfig = StoreConfig()) -> Card:
+    """What is known of a model, without its weights where it has a card of its own."""
+    if reference.endswith(FOREIGN_SUFFIXES):
+        return _load_foreign(reference, config).card
+    return _open_directory(reference, config)[0]
+
+
+def save_model(store: Store, model: SrModel, card: Card) -> Card:
+    """Write `model` under `store`'s root, the card last; returns the card with size and sha256 filled in."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = save_safetensors(tensors)
+    card = card.model_copy(
+        update={"spec": model.spec, "num_parameters": num_parameters(model), "sha256": _digest(weights)}
+    )
+    store.delete(CARD_KEY)
+    store.put(WEIGHTS_KEY, weights)
+    store.put(CARD_KEY, (card.model_dump_json(indent=2) + "\n").encode())
+    return card
+
+
+def _open_directory(reference: str, config: StoreConfig) -> tuple[Card, Store]:
+    is_uri = "://" in reference
+    store = open_store(reference if is_uri else f"file://{BUNDLED / reference}", config)
+    try:
+        return Card.model_validate_json(store.get(CARD_KEY)), store
+    except KeyNotFound:
+        what = f"no {CARD_KEY} at {reference}" if is_uri else f"no bundled model {reference!r}"
+        raise UnknownModel(
+            f"{what}; give the uri of a model directory, a checkpoint file ({', '.join(FOREIGN_SUFFIXES)}), "
+            f"or one of: {', '.join(bundled_names())}"
+        ) from None
+    except ValidationError as error:
+        raise CheckpointCorrupt(f"{store.uri}/{CARD_KEY} is not a model card: {error}") from None
+
+
+def _load_foreign(uri: str, config: StoreConfig) -> LoadedModel:
+    store, key = open_object(uri, config)
+    try:
+        data = store.get(key)
+    except KeyNotFound:
+        raise UnknownModel(f"no checkpoint file at {uri}") from None
+    model = read_checkpoint(data, suffix=Path(key).suffix, origin=uri)
+    card = Card(
+        name=Path(key).stem,
+        spec=model.spec,
+        num_parameters=num_parameters(model),
+        sha256=_digest(data),
+        colour="sRGB" if model.spec.channels == 3 else "grey",
+    )
+    return LoadedModel(model.eval(), card)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _check_digest(uri: str, data: bytes, expected: str) -> None:
+    found = _digest(data)
+    if found != expected:
+        raise CheckpointCorrupt(
+            f"{uri}: expected sha256 {expected[:12]}, found {found[:12]}; the file changed after it was "
+            f"written, fetch or train it again"
+        )
+
+
+# ---------------------------------------------------------------- training states
+
+
+@dataclass(frozen=True)
+class StateStore:
+    """Training states of one run: `checkpoints/STEP.pt`, and two pointers written after them."""
+
+    store: Store
+
+    def save(self, state: dict[str, Any], *, step: int, pointers: Sequence[str]) -> None:
+        """Write `state` and let `pointers` ("latest", "best") name it; what no pointer names is deleted."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        key = f"checkpoints/{step:09}.pt"
+        self.store.put(key, data)
+        entry = {"step": step, "key": key, "sha256": _digest(data)}
+        for pointer in pointers:
+            self.store.put(f"checkpoints/{pointer}.json", json.dumps(entry).encode())
+        self._delete_unnamed()
+
+    def load(self, pointer: str) -> dict[str, Any] | None:
+        """The state that `pointer` names, or None when the run has none yet."""
+        entry = self._entry(pointer)
+        if entry is None:
+            return None
+        data = self.store.get(entry["key"])
+        _check_digest(f"{self.store.uri}/{entry['key']}", data, entry["sha256"])
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return state
+
+    def step(self, pointer: str) -> int | None:
+        """The step that `pointer` names."""
+        entry = self._entry(pointer)
+        return None if entry is None else int(entry["step"])
+
+    def _entry(self, pointer: str) -> dict[str, Any] | None:
+        try:
+            entry: dict[str, Any] = json.loads(self.store.get(f"checkpoints/{pointer}.json"))
+        except KeyNotFound:
+            return None
+        return entry
+
+    def _delete_unnamed(self) -> None:
+        named = {entry["key"] for pointer in ("latest", "best") if (entry := self._entry(pointer))}
+        for info in self.store.list("checkpoints/"):
+            if info.key.endswith(".pt") and info.key not in named:
+                self.store.delete(info.key)
+
+
+# ---------------------------------------------------------------- teachers
+
+
+def require_teacher_spec(card: Card, *, scale: int, channels: int) -> None:
+    """Raise RequestError when a teacher cannot teach a student of this scale and these channels."""
+    for what, expected, found in (("scale", scale, card.spec.scale), ("channels", channels, card.spec.channels)):
+        if expected != found:
+            raise RequestError(
+                f"teacher {card.name}: the student has {what} {expected}, the teacher {found}; "
+                f"take a teacher of the same {what}"
+            )
+
+
+def is_imported(card: Card) -> bool:
+    """Whether the model came from a public checkpoint file and its value range is only assumed."""
+    return isinstance(card.spec, ImportedSpec)

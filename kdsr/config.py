@@ -1,0 +1,381 @@
+"""What a run was asked: one frozen pydantic model per job. Loads neither torch nor ray.
+
+A config answers by itself whatever can be refused without reading data. Uris are made absolute here,
+because workers run in other folders.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kdsr.spec import Frozen, TrainableSpec
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` with its scheme; a plain or relative path becomes `file://` and an absolute path.
+
+    The rest is taken literally: nothing is percent-decoded. Raises ValueError for an unknown scheme and for
+    an S3 uri without a plain bucket name; what may be a secret is not repeated.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        scheme, rest = "file", uri
+    if scheme == "s3":
+        bucket = rest.partition("/")[0]
+        # Never show what stands here: with ":" or "@" it may be a secret key.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
+            raise ValueError("expected s3://BUCKET/PREFIX; credentials come from AWS's standard chain")
+        return f"s3://{rest}"
+    if scheme == "file":
+        return f"file://{Path(rest).expanduser().absolute()}"
+    raise ValueError(f"unknown scheme {scheme}://; use file://, s3:// or a plain path")
+
+
+def model_reference(reference: str) -> str:
+    """The name of a bundled model as it stands, anything that looks like a place as an absolute uri."""
+    looks_like_place = "/" in reference or Path(reference).suffix in {".pt", ".pth", ".safetensors"}
+    return absolute_uri(reference) if looks_like_place else reference
+
+
+def endpoint_url(url: str) -> str:
+    """`url` when it is a server's address without credentials. Raises ValueError otherwise."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in {"http", "https"} or not rest:
+        raise ValueError("expected http://HOST:PORT or https://HOST")
+    if "@" in rest:
+        raise ValueError("must not carry credentials; they come from AWS's standard chain")
+    return url
+
+
+Uri = Annotated[str, AfterValidator(absolute_uri)]
+EndpointUrl = Annotated[str, AfterValidator(endpoint_url)]
+ModelReference = Annotated[str, AfterValidator(model_reference)]
+
+
+class StoreConfig(Frozen):
+    """How stores are reached. Credentials come from AWS's standard chain and are never kept here."""
+
+    endpoint_url: EndpointUrl | None = None
+    """Server of an S3-compatible store; AWS_ENDPOINT_URL when not set, AWS itself when neither is."""
+    region: str | None = None
+    """Region of the bucket; from AWS's standard chain when not set."""
+    max_attempts: int = Field(default=5, ge=1)
+    """Tries of one request before it fails."""
+    connect_timeout_seconds: float = Field(default=5.0, gt=0)
+    read_timeout_seconds: float = Field(default=60.0, gt=0)
+
+
+class ClusterConfig(Frozen):
+    """Which machines do the work."""
+
+    address: str | None = None
+    """Ray cluster to join; RAY_ADDRESS when not set, a private local cluster when neither is."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training workers, or upscaling actors."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPU share of one worker; when not set, the cluster's CPUs divided so that reading keeps some."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts of training after lost workers. Errors of the run itself are never tried again."""
+
+
+# ---------------------------------------------------------------- shards
+
+
+class ShardConfig(Frozen):
+    """Cut photographs into lossless sub-images and store them as Parquet shards."""
+
+    input: Uri
+    """Folder or prefix with the photographs."""
+    output: Uri
+    """Folder or prefix of the shards; a rerun does what is missing."""
+    domain: str = "photo"
+    """Tag on every row: photo, anime, text, ..."""
+    licence: str = "unknown"
+    """Terms of the photographs, kept with every row."""
+    sub_image_size: int = Field(default=480, ge=64)
+    """Aimed height and width of a sub-image in pixels; real ones lie between 2/3 and 3/2 of it."""
+    min_size: int = Field(default=96, ge=16)
+    """Photographs with a shorter side than this many pixels are rejected."""
+    max_pixels: int = Field(default=500_000_000, ge=1)
+    """Photographs with more pixels are rejected before they are decoded."""
+    heldout_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of photographs never trained on, chosen by a hash of the key."""
+    shard_bytes: int = Field(default=128 * 2**20, ge=2**20)
+    """Aimed size of one shard."""
+    row_group_bytes: int = Field(default=16 * 2**20, ge=2**16)
+    """Aimed size of one row group, the unit that training reads."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+# ---------------------------------------------------------------- degradation
+
+
+BlurSigma = Annotated[float, Field(gt=0, le=32)]
+ResizeFactor = Annotated[float, Field(ge=0.1, le=4)]
+NoiseSigma = Annotated[float, Field(ge=0, le=255)]
+JpegQuality = Annotated[int, Field(ge=1, le=100)]
+
+
+class BicubicDegradation(Frozen):
+    """Antialiased bicubic, equal to MATLAB's imresize. The field's standard."""
+
+    kind: Literal["bicubic"] = "bicubic"
+
+
+def _runs_up(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"a range must run upwards, found {bounds[0]}..{bounds[1]}; swap the two")
+    return bounds
+
+
+class BlurStep(Frozen):
+    """Gaussian blur, isotropic or not, of a random width and direction."""
+
+    kind: Literal["blur"] = "blur"
+    sigma: Annotated[tuple[BlurSigma, BlurSigma], AfterValidator(_runs_up)] = (0.2, 2.0)
+    """Standard deviation along the longer axis, in pixels of the image at this point of the chain."""
+    anisotropy: float = Field(default=2.0, ge=1)
+    """Largest ratio of the two axes."""
+
+
+class ResizeStep(Frozen):
+    """Resize by a random factor with a random kernel (box, linear, cubic); the last step brings LR's size."""
+
+    kind: Literal["resize"] = "resize"
+    factor: Annotated[tuple[ResizeFactor, ResizeFactor], AfterValidator(_runs_up)] = (0.5, 1.2)
+
+
+class NoiseStep(Frozen):
+    """Gaussian noise of a random strength, colour or grey."""
+
+    kind: Literal["noise"] = "noise"
+    sigma: Annotated[tuple[NoiseSigma, NoiseSigma], AfterValidator(_runs_up)] = (0.0, 10.0)
+    """Standard deviation in grey levels of 255."""
+    grey_probability: float = Field(default=0.4, ge=0, le=1)
+    """Share of samples whose channels get the same noise."""
+
+
+class JpegStep(Frozen):
+    """JPEG compression with a random quality."""
+
+    kind: Literal["jpeg"] = "jpeg"
+    quality: Annotated[tuple[JpegQuality, JpegQuality], AfterValidator(_runs_up)] = (40, 95)
+    """As libjpeg counts it, both ends included."""
+    subsampling_probability: float = Field(default=0.5, ge=0, le=1)
+    """Share of samples whose colour is stored at half the size (4:2:0)."""
+
+
+SameSizeStep = Annotated[BlurStep | NoiseStep | JpegStep, Field(discriminator="kind")]
+DegradationStep = Annotated[BlurStep | ResizeStep | NoiseStep | JpegStep, Field(discriminator="kind")]
+
+
+class RealWorldDegradation(Frozen):
+    """Seeded steps, antialiased bicubic to the LR size, more steps. For photographs from the wild."""
+
+    kind: Literal["real_world"] = "real_world"
+    steps: tuple[DegradationStep, ...] = (BlurStep(), ResizeStep(), NoiseStep(), JpegStep())
+    """On the HR image, in this order."""
+    lr_steps: tuple[SameSizeStep, ...] = (NoiseStep(sigma=(0.0, 5.0)), JpegStep())
+    """On the LR image, in this order; without them reduction averages noise and JPEG blocks away."""
+
+
+Degradation = Annotated[BicubicDegradation | RealWorldDegradation, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- training
+
+
+class DataConfig(Frozen):
+    """Where training patches come from."""
+
+    shards: Uri
+    """Shards made by jobs/shard.py, or labelled by jobs/label.py."""
+    patch_size: int = Field(default=48, ge=8)
+    """Height and width of an LR patch."""
+    patches_per_row: int = Field(default=8, ge=1)
+    """Patches cut from one decoded sub-image in an epoch."""
+    window_rows: int = Field(default=256, ge=1)
+    """Sub-images whose patches are mixed with each other; bounds the memory of a reader."""
+    num_threads: int = Field(default=1, ge=1)
+    """Threads that decode."""
+    augment: bool = True
+    """Flips and quarter turns."""
+    degradation: Degradation = BicubicDegradation()
+
+
+class Schedule(Frozen):
+    """Weight of a term: constant, or linear from `weight` to `final_weight` over part of the run."""
+
+    weight: float = Field(default=1.0, ge=0)
+    final_weight: float | None = Field(default=None, ge=0)
+    """Weight at the end of the ramp; `weight` when not set."""
+    ramp: tuple[float, float] = (0.0, 1.0)
+    """Where the ramp begins and ends, as fractions of the run."""
+
+    def at(self, progress: float) -> float:
+        """The weight when `progress` (0 to 1) of the run is done."""
+        if self.final_weight is None:
+            return self.weight
+        begin, end = self.ramp
+        done = (progress - begin) / (end - begin) if end > begin else float(progress >= begin)
+        return self.weight + (self.final_weight - self.weight) * min(max(done, 0.0), 1.0)
+
+    @model_validator(mode="after")
+    def _ramp_runs_forward(self) -> Self:
+        begin, end = self.ramp
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(f"ramp must run forward within 0..1, found {begin}..{end}")
+        return self
+
+
+PixelLoss = Literal["l1", "charbonnier", "mse"]
+
+
+class PixelTerm(Schedule):
+    """Distance between the network's output and HR."""
+
+    kind: Literal["pixel"] = "pixel"
+    loss: PixelLoss = "l1"
+
+
+class OutputTerm(Schedule):
+    """Distance between the student's and the teacher's output for the same LR."""
+
+    kind: Literal["output"] = "output"
+    loss: PixelLoss = "l1"
+
+
+DistillTerm = Annotated[PixelTerm | OutputTerm, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Frozen):
+    """Adam or AdamW, linear warm-up, cosine decay, EMA of the weights."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    final_learning_rate: float = Field(default=1e-6, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient; not clipped when not set."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """The EMA is what is validated and saved; 0 turns it off."""
+
+
+class TrainingConfig(Frozen):
+    """What every training run has in common."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; the same name in the same output goes on where it stopped."""
+    output: Uri
+    """Folder or prefix that holds runs."""
+    data: DataConfig
+    init_from: ModelReference | None = None
+    """Model whose weights the network starts from where names and shapes agree, of any scale."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    num_steps: int = Field(default=10_000, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    """Patches in one step, over all workers together."""
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the forward pass; auto takes bfloat16 where the device computes it natively."""
+    log_every_steps: int = Field(default=50, ge=1)
+    save_every_steps: int = Field(default=500, ge=1)
+    validate_every_steps: int = Field(default=1000, ge=1)
+    num_validation_images: int = Field(default=16, ge=0)
+    """Held-out sub-images that pick the best checkpoint; 0 turns validation off."""
+    licence: str = "unknown"
+    """Terms of the trained weights, for the model card."""
+    datasets: tuple[str, ...] = ()
+    """Names and terms of the training sets, for the model card."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides_over_workers(self) -> Self:
+        if self.batch_size % self.cluster.num_workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide over cluster.num_workers "
+                f"{self.cluster.num_workers}; make it a multiple"
+            )
+        return self
+
+
+class TeacherTrainingConfig(TrainingConfig):
+    """Train a network on HR alone: a teacher, or a student for comparison."""
+
+    model: TrainableSpec
+    terms: tuple[PixelTerm, ...] = (PixelTerm(),)
+
+
+class TeacherConfig(Frozen):
+    """The network to distil from."""
+
+    uri: ModelReference
+    """Bundled name, model directory, or a public checkpoint file (.pt, .pth, .safetensors)."""
+
+
+class DistillConfig(TrainingConfig):
+    """Distil a teacher into a student."""
+
+    student: TrainableSpec
+    teacher: TeacherConfig
+    terms: tuple[DistillTerm, ...] = (PixelTerm(), OutputTerm())
+
+    @property
+    def model(self) -> TrainableSpec:
+        """The network that is trained."""
+        return self.student
+
+
+class LabelConfig(Frozen):
+    """Run a teacher over shards once and store its output beside every sub-image."""
+
+    shards: Uri
+    teacher: TeacherConfig
+    output: Uri
+    """Folder or prefix of the labelled shards; a rerun does what is missing."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+# ---------------------------------------------------------------- evaluation and upscaling
+
+
+class EvaluateConfig(Frozen):
+    """Measure models on benchmark folders with the field's protocol."""
+
+    model: tuple[ModelReference, ...] = Field(min_length=1)
+    """Bundled name, model directory or checkpoint file; may be given several times."""
+    benchmark: tuple[Uri, ...] = Field(min_length=1)
+    """Folder with HR/ and, optionally, LR/ of the same names; may be given several times."""
+    output: Uri
+    """Folder or prefix for results.json, per-image CSV, table and comparison picture."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    """Of the bootstrap."""
+    store: StoreConfig = StoreConfig()
+
+
+class UpscaleConfig(Frozen):
+    """Upscale every image under a folder or prefix."""
+
+    input: Uri
+    output: Uri
+    """Folder or prefix of the results; relative keys are kept, and a rerun skips what is done."""
+    model: ModelReference
+    scale: Literal[2, 3, 4] | None = None
+    """Only a check: refused when the model has another scale."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Input images with more pixels fail before they are decoded."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Of JPEG and WebP outputs."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()

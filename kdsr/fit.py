@@ -1,0 +1,178 @@
+"""The training step, as a generator: it trains and hands over reports; the caller logs, validates and saves.
+
+Knows neither where data comes from nor what is distilled, and no cluster.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdsr.config import OptimizerConfig
+from kdsr.errors import NonFiniteLoss
+from kdsr.models import SrModel
+from kdsr.objectives import Losses, Objective
+from kdsr.pairs import Cursor, PairBatch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    """Steps done, this one included."""
+    losses: dict[str, float]
+    """Weighted value of each term."""
+    learning_rate: float
+    gradient_norm: float
+    num_patches: int
+    """Of this worker."""
+    seconds: float
+    """Of the whole step, waiting included."""
+    waiting_seconds: float
+    """Until the batch was there."""
+
+    @property
+    def loss(self) -> float:
+        """What was minimised."""
+        return sum(self.losses.values())
+
+
+@dataclass
+class TrainState:
+    """Where a run is: everything that a checkpoint must bring back."""
+
+    model: SrModel
+    """The network as it is trained, not wrapped."""
+    optimizer: torch.optim.Optimizer
+    ema: SrModel
+    config: OptimizerConfig
+    num_steps: int
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that it loads without running code."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "cursor": list(self.cursor),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.cursor = Cursor(*state["cursor"])
+
+
+def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> TrainState:
+    """A run that has not begun."""
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    optimizer = kind(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+    return TrainState(model, optimizer, copy.deepcopy(model).eval(), config, num_steps)
+
+
+def fit(
+    state: TrainState,
+    objective: Objective,
+    batches: Iterator[tuple[PairBatch, Cursor]],
+    *,
+    until_step: int,
+    autocast: torch.dtype | None = None,
+) -> Iterator[StepReport]:
+    """Train until `until_step`, one report a step. `state` is current whenever a report is handed over.
+
+    `autocast` is the type of the forward pass; None leaves it in float32. Raises NonFiniteLoss, before the
+    weights are touched, when a term or the gradient is NaN or infinite.
+    """
+    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    while state.step < until_step:
+        begin = time.perf_counter()
+        pair, cursor = next(batches)
+        arrived = time.perf_counter()
+        pair = replace(pair, progress=state.step / state.num_steps)
+        learning_rate = _set_learning_rate(state)
+        with torch.autocast(pair.lr.device.type, dtype=autocast, enabled=autocast is not None):
+            losses = objective(pair)
+        values = _finite_values(losses, step=state.step + 1, cursor=cursor)
+        torch.stack(list(losses.values())).sum().backward()
+        norm = _clip(parameters, state.config.clip_norm)
+        if not math.isfinite(norm):
+            _refuse("the gradient", norm, step=state.step + 1, cursor=cursor)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.cursor = cursor
+        _update_ema(state)
+        yield StepReport(
+            step=state.step,
+            losses=values,
+            learning_rate=learning_rate,
+            gradient_norm=norm,
+            num_patches=len(pair.lr),
+            seconds=time.perf_counter() - begin,
+            waiting_seconds=arrived - begin,
+        )
+
+
+def learning_rate_at(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
+    """Linear warm-up, then cosine to `final_learning_rate` (Loshchilov and Hutter, SGDR, ICLR 2017)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+
+
+def _set_learning_rate(state: TrainState) -> float:
+    rate = learning_rate_at(state.config, step=state.step, num_steps=state.num_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _finite_values(losses: Losses, *, step: int, cursor: Cursor) -> dict[str, float]:
+    values = {name: loss.item() for name, loss in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            _refuse(f"term {name}", value, step=step, cursor=cursor)
+    return values
+
+
+def _refuse(what: str, value: float, *, step: int, cursor: Cursor) -> None:
+    raise NonFiniteLoss(
+        f"step {step}: {what} is {value} for the batch that ends at epoch {cursor.epoch}, window "
+        f"{cursor.window}, patch {cursor.patch}; the last good checkpoint is kept. Lower "
+        f"optimizer.learning_rate, set optimizer.clip_norm, or use precision float32"
+    )
+
+
+def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> float:
+    norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf, foreach=True)
+    return norm.item()
+
+
+@torch.no_grad()
+def _update_ema(state: TrainState) -> None:
+    """Exponential mean of the weights, shorter at the start so that it does not remember the first ones."""
+    decay = min(state.config.ema_decay, (1 + state.step) / (10 + state.step))
+    if state.config.ema_decay == 0:
+        decay = 0.0
+    means, weights = list(state.ema.parameters()), list(state.model.parameters())
+    torch._foreach_lerp_(means, weights, 1 - decay)

@@ -1,0 +1,72 @@
+"""Pixels with what is needed to give them back. Knows numpy: no files, no formats, no torch."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """One picture: colour or grey, its transparency apart, and what its file said about it."""
+
+    pixels: np.ndarray
+    """(H, W, 3) or (H, W, 1), uint8 or uint16."""
+    alpha: np.ndarray | None = None
+    """(H, W) of the same type, 0 is transparent."""
+    icc_profile: bytes | None = None
+    """Colour space of the pixels; sRGB when there is none."""
+    exif: bytes | None = None
+    """As in the file, but the orientation is already applied to the pixels and reset to 1."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for arrays of another shape or type."""
+        pixels, alpha = self.pixels, self.alpha
+        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype not in (np.uint8, np.uint16):
+            raise ValueError(f"expected (H, W, 1 or 3) uint8 or uint16, found {pixels.shape} {pixels.dtype}")
+        if alpha is not None and (alpha.shape != pixels.shape[:2] or alpha.dtype != pixels.dtype):
+            raise ValueError(
+                f"expected alpha {pixels.shape[:2]} {pixels.dtype}, found {alpha.shape} {alpha.dtype}"
+            )
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return int(self.pixels.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return int(self.pixels.shape[1])
+
+    def eight_bit(self) -> "Image":
+        """The same picture in uint8; 16-bit values are rounded, white stays white."""
+        if self.pixels.dtype == np.uint8:
+            return self
+        alpha = None if self.alpha is None else round_to_8_bits(self.alpha)
+        return replace(self, pixels=round_to_8_bits(self.pixels), alpha=alpha)
+
+    def opaque(self) -> "Image":
+        """The picture in uint8 laid over white."""
+        image = self.eight_bit()
+        if image.alpha is None:
+            return image
+        return replace(image, pixels=over_white(image.pixels, image.alpha), alpha=None)
+
+    def rgb8(self) -> "Image":
+        """(H, W, 3) uint8: 16 bits rounded, alpha over white, grey repeated. The colour space stays."""
+        image = self.opaque()
+        if image.pixels.shape[2] == 3:
+            return image
+        return replace(image, pixels=np.repeat(image.pixels, 3, axis=2))
+
+
+def round_to_8_bits(values: np.ndarray) -> np.ndarray:
+    """uint16 0..65535 to uint8 0..255, to the nearest; 65535 = 255 * 257 has no ties."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def over_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`pixels` (H, W, C) uint8 laid over white by `alpha` (H, W) uint8, rounded to the nearest."""
+    weight = alpha[:, :, None].astype(np.uint32)
+    blended = pixels * weight + 255 * (255 - weight)
+    return ((blended + 127) // 255).astype(np.uint8)

@@ -1,0 +1,71 @@
+"""Teacher outputs, made once and stored beside every sub-image, so that distilling does not wait for the teacher."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from kdsr import codecs, shards
+from kdsr.config import BicubicDegradation
+from kdsr.degrade import Degrade, build_degradation
+from kdsr.shards import Row
+from kdsr.spec import Card, Frozen, ShardEntry, ShardIndex, TeacherRef
+from kdsr.store import Store
+from kdsr.upscale import Upscaler
+from kdsr.validation import make_pair
+
+
+class LabelledShard(Frozen):
+    """What is written beside a labelled shard, after it."""
+
+    source_sha256: str
+    teacher_sha256: str
+    entry: ShardEntry
+
+
+def label_shard(
+    source: Store, entry: ShardEntry, target: Store, *, upscaler: Upscaler, teacher_sha256: str, row_group_bytes: int
+) -> ShardEntry:
+    """Copy one shard with the column `teacher_sr`: the teacher's SR of every sub-image's bicubic LR.
+
+    The sub-image's largest part that is a multiple of the scale is what the teacher sees. A shard that is
+    already there for the same teacher and source is left as it is.
+    """
+    done = _done(target, entry, teacher_sha256)
+    if done is not None:
+        return done
+    degrade = build_degradation(BicubicDegradation(), upscaler.engine.scale)
+    rows = (_labelled(row, upscaler, degrade) for row in _rows(source, entry))
+    written = shards.write_shard(target, entry.key, rows, row_group_bytes=row_group_bytes)
+    note = LabelledShard(source_sha256=entry.sha256, teacher_sha256=teacher_sha256, entry=written)
+    target.put(_note_key(entry), note.model_dump_json(indent=1).encode())
+    return written
+
+
+def labelled_index(index: ShardIndex, entries: list[ShardEntry], card: Card) -> ShardIndex:
+    """The index of the labelled set: the same rows, and whose outputs they carry."""
+    teacher = TeacherRef(name=card.name, sha256=card.sha256, licence=card.licence)
+    return index.model_copy(update={"shards": entries, "teacher": teacher, "teacher_scale": card.spec.scale})
+
+
+def _done(target: Store, entry: ShardEntry, teacher_sha256: str) -> ShardEntry | None:
+    if not target.exists(_note_key(entry)):
+        return None
+    note = LabelledShard.model_validate_json(target.get(_note_key(entry)))
+    same = note.source_sha256 == entry.sha256 and note.teacher_sha256 == teacher_sha256
+    return note.entry if same else None
+
+
+def _note_key(entry: ShardEntry) -> str:
+    return f"{entry.key}.json"
+
+
+def _rows(store: Store, entry: ShardEntry) -> Iterator[Row]:
+    for group in range(len(entry.row_groups)):
+        yield from shards.read_row_group(store, entry, group)
+
+
+def _labelled(row: Row, upscaler: Upscaler, degrade: Degrade) -> Row:
+    scale, channels = upscaler.engine.scale, upscaler.engine.channels
+    pair = make_pair(
+        row.key, codecs.decode_png(row.image), degrade=degrade, scale=scale, channels=channels, seed=0
+    )
+    return replace(row, teacher_sr=codecs.encode_png(upscaler.upscale(pair.lr).rgb8().pixels))

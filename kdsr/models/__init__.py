@@ -1,0 +1,49 @@
+"""The table of networks: one row a spec, one file a network."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from kdsr.models.bicubic import Bicubic
+from kdsr.models.contract import SrModel
+from kdsr.models.edsr import Edsr
+from kdsr.models.espcn import Espcn
+from kdsr.models.fsrcnn import Fsrcnn
+from kdsr.models.rep_chain import RepChain
+from kdsr.spec import BicubicSpec, EdsrSpec, EspcnSpec, Frozen, FsrcnnSpec, ModelSpec, RepChainSpec
+
+MODELS: Mapping[type[Frozen], type[SrModel]] = {
+    EdsrSpec: Edsr,
+    RepChainSpec: RepChain,
+    FsrcnnSpec: Fsrcnn,
+    EspcnSpec: Espcn,
+    BicubicSpec: Bicubic,
+}
+
+
+def build_model(spec: ModelSpec) -> SrModel:
+    """A freshly initialised network for `spec`. Imported networks come from `kdsr.checkpoint` only."""
+    return MODELS[type(spec)](spec)  # type: ignore[call-arg]
+
+
+def fold(model: SrModel) -> SrModel:
+    """`model` in the form that is saved and deployed: training-time branches folded, same output."""
+    return model.fold() if isinstance(model, RepChain) else model
+
+
+def inherit_weights(model: SrModel, source: SrModel) -> int:
+    """Start `model` from `source` where layers agree, whatever the scale; returns how many tensors or layers.
+
+    An x4 network takes the trunk of an x2 one and keeps its own tail (Lim et al., EDSR, CVPRW 2017).
+    """
+    if isinstance(model, RepChain) and isinstance(source, RepChain):
+        return model.inherit(source)
+    own, given = model.state_dict(), source.state_dict()
+    agreeing = {name: given[name] for name in own if name in given and own[name].shape == given[name].shape}
+    model.load_state_dict(agreeing, strict=False)
+    return len(agreeing)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Weights and biases in all."""
+    return sum(parameter.numel() for parameter in model.parameters())

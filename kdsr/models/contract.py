@@ -1,0 +1,70 @@
+"""What every network promises, and how its receptive radius follows from its layers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from kdsr.errors import RequestError
+from kdsr.spec import ModelSpec
+
+
+class SrModel(nn.Module, ABC):
+    """`(B, C, h, w)` in [0, 1] to `(B, C, h*scale, w*scale)`, unclamped, any h and w."""
+
+    spec: ModelSpec
+
+    @property
+    @abstractmethod
+    def receptive_radius(self) -> int:
+        """LR pixels around a pixel that can change its output block; the halo that tiles need."""
+
+    @abstractmethod
+    def forward(self, lr: Tensor) -> Tensor:
+        """Upscale `lr`."""
+
+    def check_channels(self, lr: Tensor) -> None:
+        """Raise RequestError unless `lr` has the channels that the spec names."""
+        if lr.dim() != 4 or lr.shape[1] != self.spec.channels:
+            raise RequestError(
+                f"{self.spec.kind}: expected input (B, {self.spec.channels}, h, w), found {tuple(lr.shape)}; "
+                f"use a model with as many channels as the image"
+            )
+
+
+@runtime_checkable
+class Convolves(Protocol):
+    """A module that acts as one convolution, whatever it is made of."""
+
+    radius: int
+
+
+def receptive_radius(layers: Iterable[nn.Module], scale: int) -> int:
+    """LR radius of a network that runs `layers` one after the other and ends on the `scale` grid.
+
+    Walks back from one LR pixel's block of outputs and keeps the interval of pixels it depends on, so
+    that convolutions behind a pixel shuffle count for what they are on the LR grid.
+    """
+    low, high = 0, scale - 1
+    for layer in reversed(list(_leaves(layers))):
+        if isinstance(layer, Convolves):
+            low, high = low - layer.radius, high + layer.radius
+        elif isinstance(layer, nn.PixelShuffle):
+            low, high = low // layer.upscale_factor, high // layer.upscale_factor
+        elif isinstance(layer, nn.ConvTranspose2d):
+            kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+            low, high = -((kernel - 1 - padding - low) // stride), (high + padding) // stride
+        elif isinstance(layer, nn.Conv2d):
+            reach = layer.dilation[0] * (layer.kernel_size[0] - 1) // 2
+            low, high = low - reach, high + reach
+    return max(-low, high)
+
+
+def _leaves(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    for layer in layers:
+        children = list(layer.children())
+        if isinstance(layer, Convolves) or not children:
+            yield layer
+        else:
+            yield from _leaves(children)

@@ -1,0 +1,267 @@
+"""The format of shards: Parquet files of lossless sub-images, and the index that makes them a set.
+
+One row is one sub-image. `index.json` is written last; a folder without it holds no set. Knows stores and
+Parquet; no file formats of photographs, no ray, no torch.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from kdsr.errors import KeyNotFound, RequestError, ShardCorrupt, StoreError
+from kdsr.spec import ShardEntry, ShardIndex
+from kdsr.store import Store
+from kdsr.tiles import Box
+
+INDEX_KEY = "index.json"
+REJECTED_KEY = "rejected.jsonl"
+
+_SMALL_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("key", pa.string()),
+    ("x", pa.int32()),
+    ("y", pa.int32()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("sha256", pa.string()),
+    ("licence", pa.dictionary(pa.int32(), pa.string())),
+    ("domain", pa.dictionary(pa.int32(), pa.string())),
+    ("heldout", pa.bool_()),
+]
+_IMAGE_COLUMNS = ("image", "teacher_sr")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sub-image of one photograph."""
+
+    key: str
+    """Of the photograph, relative to the prefix that was sharded."""
+    x: int
+    """Column of the sub-image's left edge in the upright photograph."""
+    y: int
+    """Row of its top edge."""
+    height: int
+    width: int
+    image: bytes
+    """PNG, RGB of 8 bits, (height, width); empty when it was not read."""
+    sha256: str
+    """Of `image`."""
+    licence: str
+    domain: str
+    heldout: bool
+    """Never trained on; the same for every sub-image of a photograph."""
+    teacher_sr: bytes | None = None
+    """The teacher's output for the degraded `image`: PNG of the same size. None when there is none."""
+
+
+def cut(height: int, width: int, size: int) -> list[Box]:
+    """Near-equal boxes that cover `height` x `width` once, row by row.
+
+    As many as bring their sides nearest to `size`: between 2/3 and 3/2 of it, or the whole side when that
+    is shorter.
+    """
+    rows, columns = _edges(height, size), _edges(width, size)
+    return [
+        Box(top, left, bottom, right) for top, bottom in pairwise(rows) for left, right in pairwise(columns)
+    ]
+
+
+def _edges(side: int, size: int) -> list[int]:
+    count = max(1, (2 * side + size) // (2 * size))
+    return [index * side // count for index in range(count + 1)]
+
+
+def is_heldout(key: str, fraction: float) -> bool:
+    """Whether the photograph is kept from training: the same answer on every machine and in every order."""
+    digest = hashlib.sha256(f"heldout {key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+# ---------------------------------------------------------------- one shard
+
+
+def write_shard(store: Store, key: str, rows: Iterable[Row], row_group_bytes: int) -> ShardEntry:
+    """Write `rows` as one Parquet object, holding one row group in memory at a time.
+
+    The same rows give the same bytes. A column `teacher_sr` is there when the first row has one; then
+    every row must. Raises RequestError when there are no rows.
+    """
+    tally = _Tally()
+    with tempfile.TemporaryDirectory(prefix="kdsr-shard-") as folder:
+        path = Path(folder) / "shard.parquet"
+        _write_parquet(path, tally.watch(rows), row_group_bytes, tally)
+        entry = ShardEntry(
+            key=key,
+            sha256=_file_sha256(path),
+            num_bytes=path.stat().st_size,
+            row_groups=tally.row_groups,
+            num_images=len(tally.keys),
+            num_heldout_rows=tally.num_heldout_rows,
+        )
+        store.put_file(key, path)
+    return entry
+
+
+class _Tally:
+    """What is counted while rows pass."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.num_heldout_rows = 0
+        self.row_groups: list[int] = []
+
+    def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.keys.add(row.key)
+            self.num_heldout_rows += row.heldout
+            yield row
+
+
+def _write_parquet(path: Path, rows: Iterator[Row], row_group_bytes: int, tally: _Tally) -> None:
+    first = next(rows, None)
+    if first is None:
+        raise RequestError("a shard needs at least one row")
+    schema = _schema(with_teacher=first.teacher_sr is not None)
+    # PNGs do not get smaller, and statistics of them would be kept beside them.
+    repeated = ["key", "licence", "domain"]
+    with pq.ParquetWriter(
+        path, schema, compression="none", use_dictionary=repeated, write_statistics=False
+    ) as writer:
+        for group in _grouped(chain([first], rows), row_group_bytes):
+            writer.write_table(_table(group, schema), row_group_size=len(group))
+            tally.row_groups.append(len(group))
+            del group  # before the next one is collected
+
+
+def _grouped(rows: Iterable[Row], row_group_bytes: int) -> Iterator[list[Row]]:
+    """Lists of rows whose images together reach `row_group_bytes`; the last may be smaller."""
+    group: list[Row] = []
+    num_bytes = 0
+    for row in rows:
+        group.append(row)
+        num_bytes += len(row.image) + len(row.teacher_sr or b"")
+        if num_bytes >= row_group_bytes:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _schema(*, with_teacher: bool) -> pa.Schema:
+    images = _IMAGE_COLUMNS if with_teacher else _IMAGE_COLUMNS[:1]
+    large = [pa.field(name, pa.large_binary(), nullable=False) for name in images]
+    return pa.schema([*(pa.field(*column, nullable=False) for column in _SMALL_COLUMNS), *large])
+
+
+def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    return pa.table(
+        [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in schema],
+        schema=schema,
+    )
+
+
+def read_row_group(
+    store: Store, entry: ShardEntry, row_group: int, *, columns: Collection[str] = _IMAGE_COLUMNS
+) -> list[Row]:
+    """The rows of one row group, in file order.
+
+    The small columns always come; of the large ones, `image` and `teacher_sr`, only those in `columns`.
+    Raises ShardCorrupt when the shard is not what its index says, StoreError when it cannot be read.
+    """
+    with _shard_errors(entry.key), _open_parquet(store, entry.key) as file:
+        wanted = [name for name, _ in _SMALL_COLUMNS]
+        wanted += [name for name in _IMAGE_COLUMNS if name in columns and name in file.schema_arrow.names]
+        table = file.read_row_group(row_group, columns=wanted)
+        rows = [Row(**{"image": b"", **values}) for values in table.to_pylist()]
+    if len(rows) != entry.row_groups[row_group]:
+        raise ShardCorrupt(
+            f"{entry.key}: expected {entry.row_groups[row_group]} rows in row group {row_group}, found "
+            f"{len(rows)}; {_REBUILD}"
+        )
+    return rows
+
+
+_REBUILD = "delete the shard with its .json and run jobs/shard.py again"
+
+
+def _open_parquet(store: Store, key: str) -> pq.ParquetFile:
+    filesystem, root = store.arrow()
+    return pq.ParquetFile(f"{root}/{key}", filesystem=filesystem)
+
+
+@contextmanager
+def _shard_errors(key: str) -> Iterator[None]:
+    """What pyarrow raises, as ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ShardCorrupt(f"{key}: listed in {INDEX_KEY}, but not there; {_REBUILD}") from None
+    except (pa.ArrowInvalid, pa.ArrowKeyError, TypeError) as error:
+        raise ShardCorrupt(f"{key}: not a shard of this format: {error}; {_REBUILD}") from error
+    except OSError as error:
+        raise StoreError(f"{key}: could not be read: {error}") from error
+
+
+def verify(store: Store, entry: ShardEntry) -> None:
+    """Read the whole shard and compare it with the index. Raises ShardCorrupt."""
+    digest, num_bytes = hashlib.sha256(), 0
+    step = 8 * 2**20
+    try:
+        while data := store.get(entry.key, start=num_bytes, length=step):
+            digest.update(data)
+            num_bytes += len(data)
+    except KeyNotFound:
+        raise ShardCorrupt(f"{entry.key}: listed in {INDEX_KEY}, but not there; {_REBUILD}") from None
+    if digest.hexdigest() != entry.sha256:
+        raise ShardCorrupt(
+            f"{entry.key}: expected sha256 {entry.sha256[:12]} of {entry.num_bytes} bytes, found "
+            f"{digest.hexdigest()[:12]} of {num_bytes}; {_REBUILD}"
+        )
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- the set
+
+
+def read_index(store: Store) -> ShardIndex:
+    """The index of the set at `store`. Raises RequestError when there is no complete set."""
+    try:
+        data = store.get(INDEX_KEY)
+    except KeyNotFound:
+        raise RequestError(_why_no_index(store)) from None
+    try:
+        return ShardIndex.model_validate_json(data)
+    except ValidationError as error:
+        raise ShardCorrupt(
+            f"{store.uri}/{INDEX_KEY}: not an index of version 1: {_first_line(error)}; "
+            f"run jobs/shard.py again"
+        ) from None
+
+
+def _why_no_index(store: Store) -> str:
+    if next(iter(store.list()), None) is None:
+        return f"{store.uri} is empty; make shards with jobs/shard.py --input PHOTOS --output {store.uri}"
+    return f"{store.uri} has no {INDEX_KEY}: not complete, or no shards; run jobs/shard.py again"
+
+
+def _first_line(error: ValidationError) -> str:
+    first: Any = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
+
+
+def write_index(store: Store, index: ShardIndex) -> None:
+    """Make the set exist. Everything it lists must be there."""
+    store.put(INDEX_KEY, (index.model_dump_json(indent=1) + "\n").encode())

@@ -1,0 +1,159 @@
+"""What a stored thing is: the spec of a network, the card of a model, the index of shards.
+
+Plain frozen data with a JSON form. Knows no torch and no ray.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Scale = Literal[1, 2, 3, 4]
+Channels = Literal[1, 3]
+
+
+class Frozen(BaseModel):
+    """Base of everything that crosses a border: immutable, and unknown fields are refused."""
+
+    # pydantic would show the refused input, which may hold a secret; kdsr.cli shows what is safe.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
+
+
+class EdsrSpec(Frozen):
+    """EDSR: residual blocks without normalisation, pixel-shuffle tail (Lim et al., CVPRW 2017)."""
+
+    kind: Literal["edsr"] = "edsr"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=64, ge=4)
+    num_blocks: int = Field(default=16, ge=1)
+    residual_scale: float = Field(default=1.0, gt=0)
+
+
+class RepChainSpec(Frozen):
+    """A chain of 3x3 convolutions whose training-time branches fold into one convolution per layer."""
+
+    kind: Literal["rep_chain"] = "rep_chain"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=48, ge=4)
+    num_layers: int = Field(default=8, ge=2)
+    """3x3 convolutions in all, head and tail included."""
+    expansion: int = Field(default=2, ge=1)
+    """Width of the training-time 1x1-3x3 branch, as a multiple of the layer's input width."""
+    folded: bool = False
+    """True when only the single 3x3 convolutions are left; the form that is saved and deployed."""
+
+
+class FsrcnnSpec(Frozen):
+    """FSRCNN: shrink, map, expand, transposed convolution (Dong et al., ECCV 2016)."""
+
+    kind: Literal["fsrcnn"] = "fsrcnn"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=56, ge=4)
+    num_shrunk_features: int = Field(default=12, ge=2)
+    num_mapping_layers: int = Field(default=4, ge=1)
+
+
+class EspcnSpec(Frozen):
+    """ESPCN: three convolutions and a pixel shuffle (Shi et al., CVPR 2016)."""
+
+    kind: Literal["espcn"] = "espcn"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=64, ge=4)
+
+
+class BicubicSpec(Frozen):
+    """Bicubic interpolation, a = -0.5, as MATLAB's imresize enlarges (Keys, 1981). No parameters."""
+
+    kind: Literal["bicubic"] = "bicubic"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+
+
+class ImportedSpec(Frozen):
+    """A public network read from its own checkpoint file; a teacher, never exported again."""
+
+    kind: Literal["imported"] = "imported"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    architecture: str
+    """Name of the architecture as `spandrel` recognised it."""
+    multiple_of: int = 1
+    """Height and width that the network accepts are multiples of this."""
+
+
+ModelSpec = Annotated[
+    EdsrSpec | RepChainSpec | FsrcnnSpec | EspcnSpec | BicubicSpec | ImportedSpec,
+    Field(discriminator="kind"),
+]
+
+TrainableSpec = Annotated[EdsrSpec | RepChainSpec | FsrcnnSpec | EspcnSpec, Field(discriminator="kind")]
+
+
+class TeacherRef(Frozen):
+    """Which network taught this one."""
+
+    name: str
+    sha256: str
+    licence: str = "unknown"
+    psnr_y: dict[str, float] = {}
+
+
+class Card(Frozen):
+    """What a stored model is and where it comes from: `card.json` beside `model.safetensors`."""
+
+    version: Literal[1] = 1
+    name: str
+    spec: ModelSpec
+    num_parameters: int
+    value_range: tuple[float, float] = (0.0, 1.0)
+    colour: Literal["sRGB", "grey"] = "sRGB"
+    sha256: str
+    """Of `model.safetensors`, or of the imported checkpoint file."""
+    teacher: TeacherRef | None = None
+    data: list[str] = []
+    """Names of the training sets with their terms."""
+    licence: str = "unknown"
+    command: str = ""
+    commit: str = ""
+    created: str = ""
+    num_steps: int = 0
+    metrics: dict[str, float] = {}
+
+
+class ShardEntry(Frozen):
+    """One Parquet shard as the index lists it."""
+
+    key: str
+    sha256: str
+    num_bytes: int
+    row_groups: list[int]
+    """Rows of each row group, in file order."""
+    num_images: int
+    num_heldout_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole shard."""
+        return sum(self.row_groups)
+
+
+class ShardIndex(Frozen):
+    """`index.json` of a set of shards; written last, and without it the set does not exist."""
+
+    version: Literal[1] = 1
+    shards: list[ShardEntry]
+    num_images: int
+    num_rows: int
+    num_heldout_rows: int
+    num_pixels: int
+    num_rejected: int
+    options: dict[str, str | int | float]
+    """What the rows depend on: sub-image size, least size, held-out fraction, domain, licence."""
+    teacher: TeacherRef | None = None
+    """Set when the rows carry this teacher's output."""
+    teacher_scale: int | None = None

@@ -1,0 +1,368 @@
+"""A whole training run on one worker: from a config to its parts, then train, log, validate, save, export.
+
+Knows no cluster: `Worker` tells which part of the work is this process's, and how to wrap the network.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+
+from kdsr import provenance, shards
+from kdsr.checkpoint import (
+    LoadedModel,
+    StateStore,
+    is_imported,
+    load_card,
+    load_model,
+    require_teacher_spec,
+    save_model,
+)
+from kdsr.config import DistillConfig, TeacherTrainingConfig
+from kdsr.degrade import build_degradation
+from kdsr.engine import Engine
+from kdsr.errors import KeyNotFound, RequestError
+from kdsr.fit import StepReport, TrainState, fit, new_state
+from kdsr.models import build_model, fold, inherit_weights
+from kdsr.objectives import build_objective, needs_teacher
+from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader
+from kdsr.spec import Card, ShardIndex, TeacherRef
+from kdsr.store import Store, open_store
+from kdsr.upscale import Upscaler
+from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic
+
+log = logging.getLogger(__name__)
+
+RunConfig = TeacherTrainingConfig | DistillConfig
+
+# What may change between two starts of one run without making it another run.
+FREE_FIELDS = {"cluster", "store", "log_every_steps", "save_every_steps", "validate_every_steps"}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process's part in a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda model: model
+    """Makes the network data-parallel."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run tells its caller every `log_every_steps`."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: all of it checked."""
+
+    index: ShardIndex
+    teacher: TeacherRef | None
+
+
+def check(config: RunConfig) -> Inputs:
+    """Refuse what cannot work, before any worker starts.
+
+    Raises RequestError for shards that are not complete, for a teacher of another scale or other channels,
+    for stored outputs of another teacher, and for a run of this name with other settings.
+    """
+    index = shards.read_index(open_store(config.data.shards, config.store))
+    if index.num_rows == index.num_heldout_rows:
+        raise RequestError(f"{config.data.shards}: all {index.num_rows} rows are held out; nothing to train on")
+    teacher = _check_teacher(config, index) if needs_teacher(config.terms) else None
+    if config.init_from is not None:
+        load_card(config.init_from, config.store)
+    _require_same_run(_run_store(config), config)
+    return Inputs(index, teacher)
+
+
+def exported_card(config: RunConfig) -> Card | None:
+    """The card of the exported model when this run has nothing left to do."""
+    store = _run_store(config)
+    if (StateStore(store).step("latest") or 0) < config.num_steps:
+        return None
+    try:
+        return load_card(f"{store.uri}/model", config.store)
+    except RequestError:
+        return None
+
+
+def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
+    """Run, or go on with, the training that `config` asks for; every rank yields at the same steps.
+
+    Rank 0 writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`
+    under the run's name. Raises NonFiniteLoss with the last good checkpoint kept.
+    """
+    inputs = check(config)
+    torch.manual_seed(config.seed)
+    state = _start(config, worker.device)
+    states, history = StateStore(_run_store(config)), History(_run_store(config))
+    if (latest := states.load("latest")) is not None:
+        state.load_state_dict(latest)
+    history.resume(state.step)
+    if worker.rank == 0:
+        _run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
+    reports = fit(
+        state,
+        build_objective(
+            worker.wrap(state.model), config.terms, teacher=_live_teacher(config, inputs, worker.device)
+        ),
+        _pairs(config, inputs.index, state.cursor, worker),
+        until_step=config.num_steps,
+        autocast=autocast_type(config.precision, worker.device),
+    )
+    validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
+    yield from _consume(config, worker, state, reports, states, history, validate)
+    if worker.rank == 0:
+        history.close()
+        _export(config, inputs, states, history)
+
+
+def _consume(
+    config: RunConfig,
+    worker: Worker,
+    state: TrainState,
+    reports: Iterator[StepReport],
+    states: StateStore,
+    history: "History",
+    validate: Callable[[TrainState], float] | None,
+) -> Iterator[Progress]:
+    """Log, validate and save at the steps that `config` names, and at the last."""
+    recent: list[StepReport] = []
+    for report in reports:
+        recent.append(report)
+        last = report.step == config.num_steps
+        metrics: dict[str, float] = {}
+        if last or report.step % config.log_every_steps == 0:
+            metrics = _summarise(recent, worker.world_size)
+            recent = []
+        if validate and (last or report.step % config.validate_every_steps == 0):
+            metrics["heldout_psnr_y"] = validate(state)
+        if metrics and worker.rank == 0:
+            history.add(report.step, metrics)
+        is_best = "heldout_psnr_y" in metrics and history.best_step() == report.step
+        if worker.rank == 0 and (last or is_best or report.step % config.save_every_steps == 0):
+            history.save()
+            pointers = ("latest", "best") if is_best else ("latest",)
+            states.save(state.state_dict(), step=state.step, pointers=pointers)
+        if metrics:
+            yield Progress(report.step, metrics)
+
+
+def _summarise(reports: Sequence[StepReport], world_size: int) -> dict[str, float]:
+    seconds = sum(report.seconds for report in reports)
+    names = sorted({name for report in reports for name in report.losses})
+    terms = {name: _mean([r.losses[name] for r in reports if name in r.losses]) for name in names}
+    return {
+        "loss": _mean([report.loss for report in reports]),
+        **terms,
+        "learning_rate": reports[-1].learning_rate,
+        "gradient_norm": _mean([report.gradient_norm for report in reports]),
+        "patches_per_second": world_size * sum(report.num_patches for report in reports) / seconds,
+        "waiting_share": sum(report.waiting_seconds for report in reports) / seconds,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where asked, or with "auto" where the device multiplies it natively; else None."""
+    if precision == "float32":
+        return None
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def _start(config: RunConfig, device: torch.device) -> TrainState:
+    model = build_model(config.model)
+    if config.init_from is not None:
+        taken = inherit_weights(model, load_model(config.init_from, config.store).model)
+        if taken == 0:
+            raise RequestError(
+                f"init_from {config.init_from}: no layer has a name and shape of {config.model.kind}; "
+                f"take a model of the same kind and width"
+            )
+        log.info("took %d layers from %s", taken, config.init_from)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return new_state(model.train(), config.optimizer, num_steps=config.num_steps)
+
+
+def _pairs(
+    config: RunConfig, index: ShardIndex, start: Cursor, worker: Worker
+) -> Iterator[tuple[PairBatch, Cursor]]:
+    scale = config.model.scale
+    degradation = build_degradation(config.data.degradation, scale)
+    reader = PatchReader(
+        store=open_store(config.data.shards, config.store),
+        index=index,
+        data=config.data,
+        scale=scale,
+        context=degradation.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+    make = PairMaker(degradation, scale, degradation.context, config.model.channels, worker.device)
+    return ((make(batch), batch.cursor) for batch in reader.batches(start))
+
+
+def _check_teacher(config: RunConfig, index: ShardIndex) -> TeacherRef:
+    assert isinstance(config, DistillConfig)
+    card = load_card(config.teacher.uri, config.store)
+    require_teacher_spec(card, scale=config.student.scale, channels=config.student.channels)
+    if index.teacher is not None and index.teacher.sha256 != card.sha256:
+        raise RequestError(
+            f"{config.data.shards} carries outputs of teacher {index.teacher.name} "
+            f"({index.teacher.sha256[:12]}), and the run asks for {card.name} ({card.sha256[:12]}); "
+            f"label the shards with this teacher, or use the shards without labels"
+        )
+    if is_imported(card):
+        require_better_than_bicubic(load_model(config.teacher.uri, config.store))
+    return TeacherRef(name=card.name, sha256=card.sha256, licence=card.licence)
+
+
+def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn.Module | None:
+    """The teacher's network, unless the shards already carry what it says."""
+    if inputs.teacher is None or inputs.index.teacher is not None:
+        return None
+    assert isinstance(config, DistillConfig)
+    loaded: LoadedModel = load_model(config.teacher.uri, config.store)
+    return loaded.model.requires_grad_(False).to(device)
+
+
+def _validator(config: RunConfig, index: ShardIndex, worker: Worker) -> Callable[[TrainState], float] | None:
+    if config.num_validation_images == 0 or index.num_heldout_rows == 0:
+        return None
+    pairs = heldout_pairs(
+        open_store(config.data.shards, config.store),
+        index,
+        degrade=build_degradation(config.data.degradation, config.model.scale),
+        scale=config.model.scale,
+        channels=config.model.channels,
+        limit=config.num_validation_images,
+    )
+
+    def validate(state: TrainState) -> float:
+        upscaler = Upscaler(Engine(fold(state.ema), device=str(worker.device)))
+        return mean_psnr_y(upscaler.upscale, pairs, border=config.model.scale)
+
+    return validate
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+class History:
+    """`metrics.jsonl` and TensorBoard events of a run; complete after any number of restarts."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.rows: list[dict[str, Any]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="kdsr-tensorboard-")
+        self._writer: SummaryWriter | None = None
+
+    def resume(self, step: int) -> None:
+        """Keep what an earlier start logged up to `step`; later rows will be made again."""
+        try:
+            lines = self.store.get("metrics.jsonl").decode().splitlines()
+        except KeyNotFound:
+            return
+        self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """One row."""
+        self.rows.append({"step": step, **metrics})
+        if self._writer is None:
+            self._writer = SummaryWriter(self._folder.name, purge_step=step, flush_secs=10)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def save(self) -> None:
+        """Put all of it into the store."""
+        self.store.put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if self._writer is not None:
+            self._writer.flush()
+        for path in sorted(Path(self._folder.name).iterdir()):
+            self.store.put_file(f"tensorboard/{path.name}", path)
+
+    def close(self) -> None:
+        """Remove the local copy of the events."""
+        if self._writer is not None:
+            self._writer.close()
+        self._folder.cleanup()
+
+    def best_step(self) -> int | None:
+        """The step with the highest held-out PSNR; None without validation."""
+        measured = [row for row in self.rows if "heldout_psnr_y" in row]
+        return max(measured, key=lambda row: row["heldout_psnr_y"])["step"] if measured else None
+
+
+def _export(config: RunConfig, inputs: Inputs, states: StateStore, history: History) -> Card:
+    """Write `model/`: the EMA weights of the best checkpoint, or of the last one without validation."""
+    best = states.load("best")
+    chosen = best or states.load("latest")
+    assert chosen is not None
+    model = build_model(config.model)
+    model.load_state_dict(chosen["ema"])
+    rows = [row for row in history.rows if row["step"] == chosen["step"] and "heldout_psnr_y" in row]
+    card = Card(
+        name=config.name,
+        spec=config.model,
+        num_parameters=0,
+        sha256="",
+        colour="sRGB" if config.model.channels == 3 else "grey",
+        teacher=inputs.teacher,
+        data=list(config.datasets) or [f"{config.data.shards} ({inputs.index.options.get('licence')})"],
+        licence=config.licence,
+        command=provenance.command(),
+        commit=provenance.commit(),
+        created=provenance.now(),
+        num_steps=chosen["step"],
+        metrics={"heldout_psnr_y": round(rows[-1]["heldout_psnr_y"], 3)} if rows else {},
+    )
+    return save_model(_run_store(config).child("model"), fold(model), card)
+
+
+def _run_store(config: RunConfig) -> Store:
+    return open_store(config.output, config.store).child(config.name)
+
+
+def _require_same_run(store: Store, config: RunConfig) -> None:
+    """Raise RequestError when a run of this name was asked for something else."""
+    try:
+        before = json.loads(store.get("config.json"))
+    except KeyNotFound:
+        return
+    now = json.loads(config.model_dump_json())
+    changed = [
+        f"{name}: was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in FREE_FIELDS and before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise RequestError(
+            f"run {config.name} in {config.output} was begun with other settings ({'; '.join(changed)}); "
+            f"choose another name, or delete {store.uri}"
+        )

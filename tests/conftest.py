@@ -1,0 +1,82 @@
+"""What tests share: a real S3 server, a local Ray cluster, and a marker for each folder."""
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from infra.local_s3.serve import LocalS3, local_s3  # noqa: E402
+from kdsr.store import Store, open_store  # noqa: E402
+
+BUCKET = "kdsr-tests"
+FOLDERS = {"unit", "ray", "s3", "e2e"}
+
+# A machine that runs other things as well must not fail a test for being slow.
+settings.register_profile("kdsr", deadline=None)
+settings.load_profile("kdsr")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with the name of its folder below tests/."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in FOLDERS:
+            item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[LocalS3]:
+    """A SeaweedFS that is gone at the end; AWS_* lead to it, and to nothing else, from now on."""
+    with local_s3() as server, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        # Whoever runs the tests may have credentials for a real bucket.
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server.make_bucket(BUCKET)
+        yield server
+
+
+@pytest.fixture
+def s3_uri(s3_server: LocalS3) -> str:
+    """An `s3://` prefix that nothing is below."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind."""
+    if request.param == "file":
+        return open_store(f"file://{tmp_path}/root")
+    return open_store(request.getfixturevalue("s3_uri"))
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: LocalS3) -> Iterator[None]:
+    """A Ray cluster of this process's own; its workers reach the S3 server as well."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+        yield
+        ray.shutdown()

@@ -1,0 +1,168 @@
+"""Every network in the table keeps the contract; a new row is tested on arrival."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from kdsr.degrade import bicubic_upscale
+from kdsr.errors import RequestError
+from kdsr.models import MODELS, SrModel, build_model, fold, inherit_weights
+from kdsr.models.rep_chain import RepChain, RepConv
+from kdsr.spec import BicubicSpec, EdsrSpec, ModelSpec, RepChainSpec
+
+SMALL: dict[str, dict[str, int]] = {
+    "edsr": {"num_features": 8, "num_blocks": 2},
+    "rep_chain": {"num_features": 8, "num_layers": 4},
+    "fsrcnn": {"num_features": 8, "num_shrunk_features": 4, "num_mapping_layers": 2},
+    "espcn": {"num_features": 8},
+    "bicubic": {},
+}
+NAMES = Path(__file__).with_name("state_dict_names.json")
+
+
+def specs() -> list[ModelSpec]:
+    kinds = [(spec, spec.model_fields["kind"].default) for spec in MODELS]
+    return [
+        spec(scale=scale, channels=channels, **SMALL[kind])  # type: ignore[arg-type]
+        for spec, kind in kinds
+        for scale in (2, 3, 4)
+        for channels in (1, 3)
+    ]
+
+
+def spec_id(spec: ModelSpec) -> str:
+    return f"{spec.kind}-x{spec.scale}-{spec.channels}c"
+
+
+def randomised(spec: ModelSpec) -> SrModel:
+    """No weight at zero, so that everything that could matter does."""
+    torch.manual_seed(1)
+    model = build_model(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+each_spec = pytest.mark.parametrize("spec", specs(), ids=spec_id)
+trainable = pytest.mark.parametrize("spec", [s for s in specs() if s.kind != "bicubic"], ids=spec_id)
+
+
+def test_every_kind_in_the_table_is_tested() -> None:
+    assert {spec.model_fields["kind"].default for spec in MODELS} == SMALL.keys()
+
+
+@each_spec
+@pytest.mark.parametrize("size", [(5, 7), (12, 9), (16, 16)])
+def test_output_is_scale_times_the_input_for_any_size(spec: ModelSpec, size: tuple[int, int]) -> None:
+    height, width = size
+    sr = build_model(spec)(torch.rand(2, spec.channels, height, width))
+    assert sr.shape == (2, spec.channels, height * spec.scale, width * spec.scale)
+
+
+@each_spec
+def test_wrong_channels_are_refused_with_both_numbers(spec: ModelSpec) -> None:
+    with pytest.raises(RequestError, match=rf"\(B, {spec.channels}, h, w\).*\(1, 2, 8, 8\)"):
+        build_model(spec)(torch.rand(1, 2, 8, 8))
+
+
+@trainable
+def test_gradient_reaches_every_parameter(spec: ModelSpec) -> None:
+    model = randomised(spec)
+    model(torch.rand(1, spec.channels, 12, 12)).square().mean().backward()
+    missed = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert missed == []
+
+
+@each_spec
+def test_weights_come_back_bit_exact(spec: ModelSpec) -> None:
+    model, other = randomised(spec), build_model(spec)
+    other.load_state_dict(load(save({k: v.contiguous() for k, v in model.state_dict().items()})))
+    lr = torch.rand(1, spec.channels, 9, 11)
+    assert torch.equal(model(lr), other(lr))
+
+
+@each_spec
+def test_a_pickled_checkpoint_loads_without_running_code(spec: ModelSpec) -> None:
+    buffer = io.BytesIO()
+    torch.save(build_model(spec).state_dict(), buffer)
+    buffer.seek(0)
+    build_model(spec).load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_names_of_stored_weights_are_stable() -> None:
+    """Stored models depend on them; a deliberate change needs a new spec version and this file made anew."""
+    found = {spec_id(spec): sorted(build_model(spec).state_dict()) for spec in specs() if spec.channels == 3}
+    assert found == json.loads(NAMES.read_text())
+
+
+@each_spec
+def test_receptive_radius_is_reached_and_never_passed(spec: ModelSpec) -> None:
+    """Change one LR pixel: outputs change up to the radius away and not beyond."""
+    model = randomised(spec).double().eval()
+    radius = model.receptive_radius
+    size, middle = 2 * radius + 9, radius + 4
+    lr = torch.rand(1, spec.channels, size, size, dtype=torch.float64)
+    changed = lr.clone()
+    changed[..., middle, middle] += 0.5
+    with torch.no_grad():
+        difference = (model(changed) - model(lr)).abs().amax(dim=(0, 1))
+    blocks = difference.reshape(size, spec.scale, size, spec.scale).amax(dim=(1, 3)) > 0
+    rows = blocks.any(dim=1).nonzero().flatten()
+    assert middle - radius <= rows.min() and rows.max() <= middle + radius
+    assert rows.min() == middle - radius or rows.max() == middle + radius
+
+
+@each_spec
+def test_folding_does_not_change_the_output(spec: ModelSpec) -> None:
+    model = randomised(spec).double().eval()
+    lr = torch.rand(1, spec.channels, 13, 10, dtype=torch.float64)
+    with torch.no_grad():
+        assert (fold(model).double()(lr) - model(lr)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (3, 8)])
+def test_a_folded_convolution_equals_its_branches(widths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = RepConv(*widths, expansion=2).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    features = torch.rand(2, widths[0], 7, 6, dtype=torch.float64)
+    assert torch.allclose(layer(features), layer.forward_by_branches(features), atol=1e-9)
+
+
+def test_a_folded_chain_has_single_convolutions_only() -> None:
+    folded = fold(build_model(RepChainSpec(scale=4, num_features=48, num_layers=8)))
+    assert isinstance(folded, RepChain) and folded.spec.folded
+    assert all(isinstance(layer, torch.nn.Conv2d) for layer in folded.layers)
+    assert sum(p.numel() for p in folded.parameters()) == 3 * 9 * 48 + 48 + 7 * (48 * 9 * 48 + 48)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_an_untrained_chain_is_bicubic(scale: int) -> None:
+    lr = torch.rand(1, 3, 8, 8)
+    chain = build_model(RepChainSpec(scale=scale, num_features=8, num_layers=3))  # type: ignore[arg-type]
+    assert torch.equal(chain(lr), bicubic_upscale(lr, scale))
+    assert torch.equal(build_model(BicubicSpec(scale=scale))(lr), bicubic_upscale(lr, scale))  # type: ignore[arg-type]
+
+
+def test_an_x4_chain_takes_the_trunk_of_a_folded_x2_one() -> None:
+    source = fold(randomised(RepChainSpec(scale=2, num_features=8, num_layers=4)))
+    model = build_model(RepChainSpec(scale=4, num_features=8, num_layers=4))
+    assert inherit_weights(model, source) == 3
+    own, given = fold(model), source
+    assert isinstance(own, RepChain) and isinstance(given, RepChain)
+    for taken, original in zip(own.layers[:-1], given.layers[:-1], strict=True):
+        assert torch.allclose(taken.weight, original.weight, atol=1e-6)
+
+
+def test_an_x4_edsr_takes_the_trunk_of_an_x2_one() -> None:
+    source = randomised(EdsrSpec(scale=2, num_features=8, num_blocks=2))
+    model = build_model(EdsrSpec(scale=4, num_features=8, num_blocks=2))
+    assert inherit_weights(model, source) > 0
+    assert torch.equal(model.state_dict()["head.weight"], source.state_dict()["head.weight"])

@@ -1,0 +1,214 @@
+"""What a config refuses and what it makes of what it is given."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+import kdsr.config
+from kdsr.cli import parse
+from kdsr.config import (
+    Degradation,
+    DistillConfig,
+    EvaluateConfig,
+    LabelConfig,
+    Schedule,
+    ShardConfig,
+    StoreConfig,
+    TeacherTrainingConfig,
+    TrainingConfig,
+    UpscaleConfig,
+    absolute_uri,
+    endpoint_url,
+    model_reference,
+)
+from kdsr.spec import EdsrSpec, Frozen
+
+ROOT = Path(__file__).parents[2]
+YAML_FILES = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+
+STUDENT = {"kind": "rep_chain", "scale": 4}
+RUN = {"name": "a", "output": "runs", "data": {"shards": "shards"}}
+SMALLEST = {
+    ShardConfig: {"input": "a", "output": "b"},
+    TeacherTrainingConfig: {**RUN, "model": {"kind": "edsr", "scale": 2}},
+    DistillConfig: {**RUN, "student": STUDENT, "teacher": {"uri": "edsr-x4"}},
+    LabelConfig: {"shards": "a", "output": "b", "teacher": {"uri": "edsr-x4"}},
+    EvaluateConfig: {"model": ["bicubic"], "benchmark": ["Set5"], "output": "c"},
+    UpscaleConfig: {"input": "a", "output": "b", "model": "photo-x4"},
+}
+
+
+# ---------------------------------------------------------------- every config
+
+
+@pytest.mark.parametrize("config_class", SMALLEST)
+def test_required_fields_are_enough(config_class):
+    config_class.model_validate(SMALLEST[config_class])
+
+
+@pytest.mark.parametrize("config_class", SMALLEST)
+def test_what_is_saved_reads_back_the_same(config_class):
+    config = config_class.model_validate(SMALLEST[config_class])
+    assert config_class.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("config_class", SMALLEST)
+def test_a_config_cannot_be_changed(config_class):
+    config = config_class.model_validate(SMALLEST[config_class])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.output = "elsewhere"
+
+
+def test_every_default_passes_its_own_checks():
+    members = inspect.getmembers(kdsr.config, inspect.isclass)
+    models = [member for _, member in members if issubclass(member, Frozen)]
+    assert len(models) > 10
+    for model in models:
+        if not any(field.is_required() for field in model.model_fields.values()):
+            assert model.model_validate(model().model_dump()) == model()
+
+
+CLASS_OF_PREFIX = {
+    "shard": ShardConfig,
+    "teacher": TeacherTrainingConfig,
+    "train": TeacherTrainingConfig,
+    "distill": DistillConfig,
+    "label": LabelConfig,
+    "evaluate": EvaluateConfig,
+    "upscale": UpscaleConfig,
+}
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
+def test_every_yaml_file_of_the_repository_is_accepted(path):
+    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+    named = re.fullmatch(r"# config: (\w+)", first_line)
+    config_class = (
+        getattr(kdsr.config, named[1]) if named else CLASS_OF_PREFIX[re.split(r"[_.]", path.name)[0]]
+    )
+    parse(config_class, ["--config", str(path)])
+
+
+# ---------------------------------------------------------------- places
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)).filter(lambda c: c not in "/~\0")))
+def test_a_plain_path_becomes_absolute_and_stays_literal(name):
+    uri = absolute_uri(f"photos/{name}x")
+    assert uri == f"file://{Path.cwd()}/photos/{name}x"
+    assert absolute_uri(uri) == uri
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/a b/+%20#é", "s3://bucket/a@b"])
+def test_an_s3_uri_stays_as_it_is(uri):
+    assert absolute_uri(uri) == uri
+
+
+def test_a_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert absolute_uri("~/photos") == "file:///home/ada/photos"
+
+
+@pytest.mark.parametrize(
+    "uri", ["gs://bucket/x", "https://host/x", "s3:///x", "s3://", "s3://key:secret@bucket"]
+)
+def test_another_scheme_or_no_bucket_is_refused(uri):
+    with pytest.raises(ValueError, match="://"):
+        absolute_uri(uri)
+
+
+@pytest.mark.parametrize("name", ["photo-x4", "edsr-demo-x4", "bicubic"])
+def test_the_name_of_a_model_stays_a_name(name):
+    assert model_reference(name) == name
+
+
+@pytest.mark.parametrize(
+    "place", ["runs/a/model", "./model", "teacher.pth", "x4.pt", "m.safetensors", "file:///m"]
+)
+def test_what_looks_like_a_place_becomes_a_uri(place):
+    assert model_reference(place).startswith("file:///")
+
+
+@pytest.mark.parametrize("url", ["localhost:8333", "s3://x", "http://", "http://key:secret@host", ""])
+def test_an_endpoint_is_a_plain_http_address(url):
+    with pytest.raises(ValueError, match="credentials|expected http") as caught:
+        endpoint_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_store_timeouts_are_positive():
+    with pytest.raises(ValidationError):
+        StoreConfig(read_timeout_seconds=0)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_a_weight_alone_is_constant():
+    assert {Schedule(weight=0.3).at(progress) for progress in (0.0, 0.5, 1.0)} == {0.3}
+
+
+def test_a_ramp_is_linear_between_its_ends():
+    schedule = Schedule(weight=1.0, final_weight=0.0, ramp=(0.2, 0.6))
+    assert [round(schedule.at(progress), 9) for progress in (0.0, 0.2, 0.4, 0.6, 1.0)] == [1, 1, 0.5, 0, 0]
+
+
+def test_a_ramp_without_length_is_a_switch():
+    schedule = Schedule(weight=1.0, final_weight=0.0, ramp=(0.5, 0.5))
+    assert [schedule.at(progress) for progress in (0.0, 0.49, 0.5, 1.0)] == [1, 1, 0, 0]
+
+
+@given(
+    weight=st.floats(0, 10),
+    final=st.floats(0, 10),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    at=st.floats(0, 1),
+)
+def test_a_weight_stays_between_its_ends(weight, final, ends, at):
+    schedule = Schedule(weight=weight, final_weight=final, ramp=(min(ends), max(ends)))
+    assert min(weight, final) - 1e-9 <= schedule.at(at) <= max(weight, final) + 1e-9
+
+
+@pytest.mark.parametrize("ramp", [(0.5, 0.4), (-0.1, 0.5), (0.5, 1.1)])
+def test_a_ramp_runs_forward_within_the_run(ramp):
+    with pytest.raises(ValidationError, match=r"ramp must run forward within 0\.\.1"):
+        Schedule(ramp=ramp)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_batch_divides_over_the_workers():
+    run = {**SMALLEST[DistillConfig], "batch_size": 5, "cluster": {"num_workers": 2}}
+    with pytest.raises(ValidationError, match="batch_size 5 does not divide over cluster.num_workers 2"):
+        DistillConfig.model_validate(run)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", ".hidden", "-flag"])
+def test_the_name_of_a_run_is_one_plain_part_of_a_key(name):
+    with pytest.raises(ValidationError, match="name"):
+        TrainingConfig.model_validate({**RUN, "name": name})
+
+
+def test_what_is_trained_is_the_student_when_distilling_and_the_model_otherwise():
+    distill = DistillConfig.model_validate(SMALLEST[DistillConfig])
+    teacher = TeacherTrainingConfig.model_validate(SMALLEST[TeacherTrainingConfig])
+    assert distill.model is distill.student
+    assert teacher.model == EdsrSpec(scale=2)
+
+
+def test_a_teacher_is_trained_on_pixels_alone():
+    run = {**SMALLEST[TeacherTrainingConfig], "terms": [{"kind": "output"}]}
+    with pytest.raises(ValidationError, match="terms"):
+        TeacherTrainingConfig.model_validate(run)
+
+
+def test_degradation_steps_keep_their_order_and_kinds():
+    chain = {"kind": "real_world", "steps": [{"kind": "jpeg", "quality": [30, 60]}, {"kind": "blur"}]}
+    degradation = TypeAdapter(Degradation).validate_python(chain)
+    assert [step.kind for step in degradation.steps] == ["jpeg", "blur"]
