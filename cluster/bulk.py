@@ -43,8 +43,8 @@ BUDGET_PIXELS = 256_000_000
 """Output pixels that an actor holds at once; an image beyond it is done alone."""
 MAX_DEATHS = 3
 """An image that was begun when its worker died so often is given up."""
-FLUSH_SECONDS = 5.0
-"""Longest that a finished image waits to be written to the ledger while others finish."""
+MAX_FLUSH_SECONDS = 30.0
+"""Longest that a status row waits for the ledger while others arrive; what a killed driver loses."""
 MAX_LISTED_FAILURES = 1000
 
 
@@ -118,27 +118,47 @@ class Tally:
 
 
 def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally: Tally) -> None:
-    """Do what is pending; every finished row reaches the ledger, whatever ends the run."""
+    """Do what is pending; every row that arrives reaches the ledger, whatever ends the run."""
     session.connect(config.cluster)
     _leave_terminal_to_our_bar()
-    unsaved: list[Status] = []
-    last_flush = time.monotonic()
     try:
-        with _bar(plan) as bar:
+        with _Ledger(records) as ledger, _bar(plan) as bar:
             for status in _statuses(config, card, records, plan):
                 tally.add(status)
-                unsaved.append(status)
+                ledger.add(status)
                 _advance(bar, tally)
-                if time.monotonic() - last_flush > FLUSH_SECONDS:
-                    records.append(unsaved)
-                    unsaved, last_flush = [], time.monotonic()
     except ray.exceptions.RayError as error:
         raise KdsrError(
             f"the cluster stopped the run after {tally.done + tally.failed} of {plan.pending} images: "
             f"{_last_line(error)}; the same command goes on from here"
         ) from error
-    finally:
-        records.append(unsaved)
+
+
+class _Ledger:
+    """Status rows on their way to the store: soon at first, later a hundredth of the work at a time."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._unsaved: list[Status] = []
+        self._began = time.monotonic()
+        self._saved = -math.inf
+
+    def add(self, status: Status) -> None:
+        """Keep a row, and write what has been kept when it is time."""
+        self._unsaved.append(status)
+        now = time.monotonic()
+        if now - self._saved > min(max(0.01 * (now - self._began), 1.0), MAX_FLUSH_SECONDS):
+            self._flush()
+
+    def _flush(self) -> None:
+        self._records.append(self._unsaved)
+        self._unsaved, self._saved = [], time.monotonic()
+
+    def __enter__(self) -> "_Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
 
 
 def _bar(plan: Plan) -> "tqdm[Any]":

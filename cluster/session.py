@@ -27,7 +27,9 @@ def connect(config: ClusterConfig) -> None:
             address="local",
             num_cpus=logical_cpus(),
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
+            # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
             logging_level="warning",
         )
         return

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from kdsr.spec import Frozen, TrainableSpec
 
@@ -377,5 +377,25 @@ class UpscaleConfig(Frozen):
     """Input images with more pixels fail before they are decoded."""
     quality: int = Field(default=95, ge=1, le=100)
     """Of JPEG and WebP outputs."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+# ---------------------------------------------------------------- demo
+
+
+class DemoConfig(Frozen):
+    """The main job in a few minutes: shard, distil, train alone, evaluate, upscale."""
+
+    model_config = ConfigDict(validate_default=True)
+
+    photos: Uri = "jobs/demo/photos"
+    """Photographs to train on."""
+    test: Uri = "jobs/demo/test"
+    """Benchmark of photographs that are not trained on."""
+    teacher: ModelReference = "edsr-small-x4"
+    output: Uri = "out/demo"
+    num_steps: int = Field(default=1000, ge=1)
+    """Of the distilled student, and of the same student without the teacher."""
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()

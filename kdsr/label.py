@@ -1,11 +1,11 @@
-"""Teacher outputs, made once and stored beside every sub-image, so that distilling does not wait for the teacher."""
+"""Teacher outputs, made once and stored beside every sub-image: distilling then waits for no teacher."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from kdsr import codecs, shards
 from kdsr.config import BicubicDegradation
-from kdsr.degrade import Degrade, build_degradation
+from kdsr.degrade import build_degradation
 from kdsr.shards import Row
 from kdsr.spec import Card, Frozen, ShardEntry, ShardIndex, TeacherRef
 from kdsr.store import Store
@@ -22,7 +22,13 @@ class LabelledShard(Frozen):
 
 
 def label_shard(
-    source: Store, entry: ShardEntry, target: Store, *, upscaler: Upscaler, teacher_sha256: str, row_group_bytes: int
+    source: Store,
+    entry: ShardEntry,
+    target: Store,
+    *,
+    upscaler: Upscaler,
+    teacher_sha256: str,
+    row_group_bytes: int,
 ) -> ShardEntry:
     """Copy one shard with the column `teacher_sr`: the teacher's SR of every sub-image's bicubic LR.
 
@@ -32,8 +38,7 @@ def label_shard(
     done = _done(target, entry, teacher_sha256)
     if done is not None:
         return done
-    degrade = build_degradation(BicubicDegradation(), upscaler.engine.scale)
-    rows = (_labelled(row, upscaler, degrade) for row in _rows(source, entry))
+    rows = (_labelled(row, upscaler) for row in _rows(source, entry))
     written = shards.write_shard(target, entry.key, rows, row_group_bytes=row_group_bytes)
     note = LabelledShard(source_sha256=entry.sha256, teacher_sha256=teacher_sha256, entry=written)
     target.put(_note_key(entry), note.model_dump_json(indent=1).encode())
@@ -47,7 +52,7 @@ def labelled_index(index: ShardIndex, entries: list[ShardEntry], card: Card) -> 
 
 
 def _done(target: Store, entry: ShardEntry, teacher_sha256: str) -> ShardEntry | None:
-    if not target.exists(_note_key(entry)):
+    if not (target.exists(_note_key(entry)) and target.exists(entry.key)):
         return None
     note = LabelledShard.model_validate_json(target.get(_note_key(entry)))
     same = note.source_sha256 == entry.sha256 and note.teacher_sha256 == teacher_sha256
@@ -63,9 +68,8 @@ def _rows(store: Store, entry: ShardEntry) -> Iterator[Row]:
         yield from shards.read_row_group(store, entry, group)
 
 
-def _labelled(row: Row, upscaler: Upscaler, degrade: Degrade) -> Row:
-    scale, channels = upscaler.engine.scale, upscaler.engine.channels
-    pair = make_pair(
-        row.key, codecs.decode_png(row.image), degrade=degrade, scale=scale, channels=channels, seed=0
-    )
+def _labelled(row: Row, upscaler: Upscaler) -> Row:
+    scale = upscaler.engine.scale
+    degrade = build_degradation(BicubicDegradation(), scale)
+    pair = make_pair(row.key, codecs.decode_png(row.image), degrade=degrade, scale=scale, channels=3, seed=0)
     return replace(row, teacher_sr=codecs.encode_png(upscaler.upscale(pair.lr).rgb8().pixels))

@@ -37,6 +37,7 @@ from kdsr.errors import (
 
 if TYPE_CHECKING:
     import pyarrow.fs
+    from botocore.exceptions import ClientError
 
 # ruff: noqa: D102 - the methods of Store say what those of its two kinds do
 
@@ -423,7 +424,7 @@ class S3Store(Store):
         return self.stat(key)
 
     def delete(self, key: str) -> None:
-        with self._errors(key):
+        with suppress(KeyNotFound), self._errors(key):
             self._connection.client.delete_object(**self._at(key))
 
     def child(self, prefix: str) -> "S3Store":
@@ -482,7 +483,7 @@ class S3Store(Store):
         try:
             yield
         except boto.ClientError as error:
-            raise _from_answer(error.response, place, self.bucket) from None
+            raise _refusal(error, place, self.bucket) from None
         except (boto.ConnectionError, boto.HTTPClientError) as error:
             raise StoreUnreachable(
                 f"{place}: no answer from {self._connection.client.meta.endpoint_url} "
@@ -609,18 +610,24 @@ class _BeyondEndError(StoreError):
 
 
 def _object_info(key: str, size: int, answer: Mapping[str, Any]) -> ObjectInfo:
+    if "ETag" not in answer:
+        raise StoreError(f"{key}: the answer has no ETag; check that the endpoint is an S3 server")
     return ObjectInfo(key, size, answer["ETag"].strip('"'))
 
 
-def _from_answer(answer: Mapping[str, Any], place: str, bucket: str) -> StoreError:
+def _refusal(refused: "ClientError", place: str, bucket: str) -> StoreError:
     """The error that a server's refusal stands for."""
+    answer = refused.response
     code, message = str(answer["Error"].get("Code", "")), answer["Error"].get("Message", "")
     error: StoreError = StoreError(f"{place}: {code}: {message}")
     match answer["ResponseMetadata"]["HTTPStatusCode"], code:
         case _, "NoSuchBucket" | "InvalidBucketName":
             error = BucketNotFound(f"{place}: there is no bucket {bucket}; create it or correct the uri")
-        case 404, _:
+        # The answer to HEAD has no body; anything else that says 404 without a code is no S3 server.
+        case 404, _ if code == "NoSuchKey" or refused.operation_name == "HeadObject":
             error = KeyNotFound(f"no object at {place}")
+        case 404, _:
+            error = StoreError(f"{place}: 404 {message}; check that the endpoint is an S3 server")
         case (401 | 403, _) | (_, "ExpiredToken" | "InvalidToken"):
             error = AccessDenied(f"{place}: access denied ({code}: {message}); check the credentials")
         case (412, _) | (_, "ConditionalRequestConflict"):

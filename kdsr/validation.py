@@ -21,7 +21,7 @@ from kdsr.store import Store
 from kdsr.upscale import Upscaler
 
 LEAST_GAIN_DB = 1.0
-"""What a public teacher must have over bicubic on the fixture. A wrong value range or channel order costs more."""
+"""What a public teacher must have over bicubic on the fixture. A wrong range or channel order costs more."""
 
 
 def mean_psnr_y(upscale: Callable[[Image], Image], pairs: Sequence[Pair], *, border: int) -> float:
@@ -42,7 +42,9 @@ def heldout_pairs(
     return pairs
 
 
-def make_pair(name: str, hr: np.ndarray, *, degrade: Degrade, scale: int, channels: Channels, seed: int) -> Pair:
+def make_pair(
+    name: str, hr: np.ndarray, *, degrade: Degrade, scale: int, channels: Channels, seed: int
+) -> Pair:
     """`hr` (H, W, 3) uint8, cropped to a multiple of `scale`, and its LR."""
     height, width = (side // scale * scale for side in hr.shape[:2])
     tensor = torch.from_numpy(hr[:height, :width].copy()).permute(2, 0, 1)[None].float() / 255
@@ -52,7 +54,7 @@ def make_pair(name: str, hr: np.ndarray, *, degrade: Degrade, scale: int, channe
 
 
 def require_better_than_bicubic(teacher: LoadedModel) -> None:
-    """Raise RequestError unless an imported teacher beats bicubic by 1 dB on a photograph that comes with kdsr.
+    """Raise RequestError unless an imported teacher beats bicubic by 1 dB on the photograph beside the weights.
 
     It catches weights whose value range or channel order is not the assumed one.
     """
@@ -68,8 +70,8 @@ def require_better_than_bicubic(teacher: LoadedModel) -> None:
     if psnr["teacher"] < psnr["bicubic"] + LEAST_GAIN_DB:
         raise RequestError(
             f"teacher {teacher.card.name}: expected at least {LEAST_GAIN_DB:g} dB over bicubic "
-            f"({psnr['bicubic']:.2f} dB) on the test photograph, found {psnr['teacher']:.2f} dB; its value range "
-            f"is probably not 0..1 or its channels not RGB, or it was trained for another degradation"
+            f"({psnr['bicubic']:.2f} dB) on the test photograph, found {psnr['teacher']:.2f} dB; its value "
+            f"range is probably not 0..1, its channels not RGB, or it was trained for another degradation"
         )
 
 

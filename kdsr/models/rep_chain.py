@@ -14,12 +14,16 @@ from kdsr.spec import RepChainSpec
 
 BICUBIC_RADIUS = 2
 
+NEGATIVE_SLOPE = 0.1
+"""Of the leaky ReLU. With a slope of zero every feature can fall silent, and the chain stays bicubic for ever."""
+
 
 class RepConv(nn.Module):
-    """3x3 convolution = 3x3 + 1x1 + (1x1, 3x3) + identity, folded on every forward pass.
+    """3x3 convolution = 3x3 + 1x1 + (1x1, 3x3), folded on every forward pass.
 
     The branches are linear and only the 3x3 carries a bias, so zero padding commutes with them and the fold
-    is exact. Folding kernels costs less than a hundredth of convolving with four branches.
+    is exact. Folding kernels costs less than a hundredth of convolving with three branches. There is no
+    identity branch: without normalisation it makes features so large that the first steps go astray.
     """
 
     radius = 1
@@ -32,8 +36,7 @@ class RepConv(nn.Module):
         self.expand = nn.Parameter(torch.empty(hidden, num_in))
         self.wide = nn.Parameter(torch.zeros(num_out, hidden, 3, 3))
         self.bias = nn.Parameter(torch.zeros(num_out))
-        self.has_identity = num_in == num_out
-        nn.init.kaiming_uniform_(self.kernel, a=5**0.5)
+        nn.init.kaiming_normal_(self.kernel, a=NEGATIVE_SLOPE)
         # So small that a step of the wide branch moves the fold by as much as a step of the 3x3 does.
         nn.init.normal_(self.expand, std=1 / hidden)
 
@@ -41,16 +44,12 @@ class RepConv(nn.Module):
         """Kernel (num_out, num_in, 3, 3) and bias (num_out,) of the single convolution."""
         with torch.autocast(self.kernel.device.type, enabled=False):
             kernel = self.kernel + torch.einsum("ohyx,hi->oiyx", self.wide, self.expand)
-            centre = self.point
-            if self.has_identity:
-                centre = centre + torch.eye(len(self.bias), device=centre.device)[:, :, None, None]
-            return kernel + F.pad(centre, (1, 1, 1, 1)), self.bias
+            return kernel + F.pad(self.point, (1, 1, 1, 1)), self.bias
 
     def forward_by_branches(self, features: Tensor) -> Tensor:
         """The same output, branch after branch: what `folded` must equal."""
         total = F.conv2d(features, self.kernel, self.bias, padding=1) + F.conv2d(features, self.point)
-        total = total + F.conv2d(F.conv2d(features, self.expand[:, :, None, None]), self.wide, padding=1)
-        return total + features if self.has_identity else total
+        return total + F.conv2d(F.conv2d(features, self.expand[:, :, None, None]), self.wide, padding=1)
 
     @torch.no_grad()
     def set_folded(self, kernel: Tensor, bias: Tensor) -> None:
@@ -63,17 +62,9 @@ class RepConv(nn.Module):
         kernel, bias = self.folded()
         return F.conv2d(features, kernel, bias, padding=1)
 
-    def forward_by_branches(self, features: Tensor) -> Tensor:
-        """The same output, branch after branch: what `folded` must equal."""
-        wide = F.conv2d(features, self.expand[:, :, None, None])
-        wide = F.conv2d(wide, self.middle, padding=1)
-        total = F.conv2d(features, self.kernel, self.bias, padding=1) + F.conv2d(features, self.point)
-        total = total + F.conv2d(wide, self.contract[:, :, None, None])
-        return total + features if self.has_identity else total
-
 
 class RepChain(SrModel):
-    """3x3 convolutions with ReLU, pixel shuffle, residual over the bicubic input. See `RepChainSpec`.
+    """3x3 convolutions with leaky ReLU, pixel shuffle, residual over the bicubic input. See `RepChainSpec`.
 
     The tail starts at zero, so that an untrained chain is bicubic interpolation.
     """
@@ -99,7 +90,7 @@ class RepChain(SrModel):
         self.check_channels(lr)
         features = lr
         for layer in self.layers[:-1]:
-            features = F.relu(layer(features), inplace=True)
+            features = F.leaky_relu(layer(features), NEGATIVE_SLOPE, inplace=True)
         # The residual keeps the 8 bits of its input, which bfloat16 does not.
         with torch.autocast(lr.device.type, enabled=False):
             upscaled = bicubic_upscale(lr, self.spec.scale)

@@ -29,7 +29,7 @@ def teacher_output(teacher: nn.Module | None, pair: PairBatch) -> Tensor:
     if pair.teacher_sr is not None:
         return pair.teacher_sr
     if teacher is None:
-        raise RequestError("an output term needs a teacher, or shards labelled by jobs/label.py; found neither")
+        raise RequestError("an output term needs a teacher, or shards with its outputs; found neither")
     with torch.inference_mode():
         sr = teacher(pair.lr)
     # An inference tensor may not be saved for a backward pass; its copy may.

@@ -221,7 +221,7 @@ def status_rows(output):
 
 def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_path):
     # Large enough that the driver is killed in the middle and not at an end.
-    objects = {f"{n:03}.png": encoded("PNG", seed=n, size=(300, 400)) for n in range(150)}
+    objects = {f"{n:03}.png": encoded("PNG", seed=n, size=(300, 400)) for n in range(100)}
     source, output = filled(str(tmp_path / "in"), objects), open_store(str(tmp_path / "out"))
     config = UpscaleConfig(input=source.uri, output=output.uri, model=model)
     killed = job(config)
@@ -231,14 +231,14 @@ def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_pa
     killed.kill()
     killed.communicate()
     saved = status_rows(output)
-    assert 0 < saved < 150
+    assert 0 < saved < 100
     assert not any(info.key.endswith("report.json") for info in output.list("_kdsr/"))
 
     second = job(config)
     stdout, stderr = second.communicate(timeout=200)
     assert second.returncode == 0, stderr
     last_line = stdout.strip().splitlines()[-1]
-    assert last_line.startswith(f"upscaled {150 - saved} images")
+    assert last_line.startswith(f"upscaled {100 - saved} images")
     assert f"skipped {saved}, failed 0" in last_line
     assert results(output).keys() == objects.keys()
     for data in results(output).values():

@@ -328,6 +328,40 @@ def test_only_what_may_pass_is_tried_again(
         assert len(seen) == num_requests
 
 
+def no_s3_server(status: int) -> Callable[[BaseHTTPRequestHandler, int], None]:
+    """What the server of some web page says to everything."""
+
+    def answer(request: BaseHTTPRequestHandler, count: int) -> None:
+        page = b"" if request.command == "HEAD" else b"<html>welcome</html>"
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(page)))
+        request.end_headers()
+        request.wfile.write(page)
+
+    return answer
+
+
+def test_nothing_is_missing_where_there_is_no_s3_server(s3_server: LocalS3, tmp_path: Path):
+    (tmp_path / "source").touch()
+    with failing_server(no_s3_server(404)) as (store, _):
+        for call in calls(store, tmp_path / "source"):
+            with pytest.raises(StoreError, match="check that the endpoint is an S3 server") as caught:
+                call()
+            assert type(caught.value) is StoreError
+
+
+def test_nothing_is_written_where_there_is_no_s3_server(s3_server: LocalS3, tmp_path: Path):
+    (tmp_path / "source").touch()
+    with failing_server(no_s3_server(200)) as (store, _):
+        for write in (
+            lambda: store.put("key", b"x"),
+            lambda: store.create("key", b"x"),
+            lambda: store.put_file("key", tmp_path / "source"),
+        ):
+            with pytest.raises(StoreError, match="no ETag; check that the endpoint is an S3 server"):
+                write()
+
+
 def test_a_server_that_listens_and_says_nothing_is_told(s3_server: LocalS3):
     release = threading.Event()
 

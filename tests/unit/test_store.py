@@ -64,10 +64,19 @@ def test_files_are_listed_in_the_byte_order_of_their_keys(
     assert keys(open_store(str(root)), prefix) == expected
 
 
-def test_a_tree_deeper_than_the_stack_is_listed(files: Store):
-    deep = "/".join(["d"] * 1100)
-    files.put(deep, b"")
-    assert keys(files) == [deep]
+DEEP_TREE = """
+import sys
+from kdsr.store import open_store
+store, deep = open_store(sys.argv[1]), "/".join(["d"] * 300)
+sys.setrecursionlimit(100)
+store.put(deep, b"")
+print([info.key for info in store.list()] == [deep])
+"""
+
+
+def test_a_tree_deeper_than_the_stack_is_written_and_listed(root: Path):
+    printed, errors = python(DEEP_TREE, root).communicate()
+    assert printed.strip() == "True", errors
 
 
 def test_links_are_followed_only_to_files_inside_the_root(files: Store, root: Path, tmp_path: Path, caplog):

@@ -1,0 +1,129 @@
+"""The main job as a person runs it: whole commands, on S3, and killed half-way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kdsr.store import Store, open_store
+from tests.pictures import write_photographs
+
+ROOT = Path(__file__).parents[2]
+TRAINING = """\
+data: {patch_size: 12, patches_per_row: 4, window_rows: 8}
+terms: [{kind: pixel}]
+num_steps: 40
+batch_size: 4
+log_every_steps: 10
+save_every_steps: 10
+validate_every_steps: 20
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture
+def place(s3_uri: str, tmp_path: Path) -> Iterator[Store]:
+    """An S3 prefix with photographs and a benchmark below it."""
+    store = open_store(s3_uri)
+    for path in write_photographs(tmp_path / "photos", 6):
+        store.put_file(f"photos/{path.name}", path)
+        if path.stem in {"photo-1", "photo-2"}:
+            store.put_file(f"bench/HR/{path.name}", path)
+    store.put("photos/broken.jpg", b"\xff\xd8\xff\xe0 no picture")
+    yield store
+
+
+def command(job: str, *flags: str) -> list[str]:
+    return [sys.executable, f"jobs/{job}.py", *flags]
+
+
+def run(job: str, *flags: str, expected: int = 0) -> str:
+    """The last line that the job printed."""
+    done = subprocess.run(command(job, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expected, done.stderr[-3000:]
+    return (done.stdout or done.stderr).strip().splitlines()[-1]
+
+
+def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_path: Path) -> None:
+    uri = place.uri
+    config = tmp_path / "training.yaml"
+    config.write_text(TRAINING)
+    said = run("shard", "--input", f"{uri}/photos", "--output", f"{uri}/shards", "--heldout_fraction", "0.3")
+    assert "sharded 6 images" in said and "1 rejected" in said
+
+    base = ["--config", str(config), "--output", f"{uri}/runs"]
+    edsr = ["--model.kind", "edsr", "--model.scale", "2", "--model.num_features", "8", "--model.num_blocks", "1"]
+    run("train_teacher", *base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr)
+    teacher = f"{uri}/runs/teacher/model"
+    run("label", "--shards", f"{uri}/shards", "--teacher.uri", teacher, "--output", f"{uri}/labelled")
+    student = ["--student.kind", "rep_chain", "--student.scale", "2", "--student.num_features", "8"]
+    flags = [*base, "--name", "student", "--data.shards", f"{uri}/labelled", "--teacher.uri", teacher, *student]
+    config.write_text(TRAINING.replace("{kind: pixel}", "{kind: pixel}, {kind: output}"))
+    assert "student" in run("distill", *flags)
+    model = f"{uri}/runs/student/model"
+    card = json.loads(place.get("runs/student/model/card.json"))
+    assert card["teacher"]["name"] == "teacher" and card["spec"]["folded"]
+
+    run("evaluate", "--model", model, "--model", teacher, "--benchmark", f"{uri}/bench", "--output", f"{uri}/report")
+    rows = json.loads(place.get("report/results.json"))["rows"]
+    assert [row["model"] for row in rows] == ["bicubic", "student", "teacher"]
+
+    said = run("upscale", "--input", f"{uri}/photos", "--output", f"{uri}/big", "--model", model, expected=1)
+    assert "upscaled 6 images" in said and "failed 1" in said
+    place.delete("photos/broken.jpg")
+    said = run("upscale", "--input", f"{uri}/photos", "--output", f"{uri}/big", "--model", model)
+    assert "skipped 6" in said and "failed 0" in said
+    (tmp_path / "big.png").write_bytes(place.get("big/photo-0.png"))
+    assert Image.open(tmp_path / "big.png").size == (288, 256)
+
+
+def test_a_killed_training_goes_on_where_it_was(tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 6)
+    config = tmp_path / "training.yaml"
+    config.write_text(TRAINING.replace("num_steps: 40", "num_steps: 3000"))
+    run("shard", "--input", f"{tmp_path}/photos", "--output", f"{tmp_path}/shards", "--heldout_fraction", "0.3")
+    flags = ["--config", str(config), "--output", f"{tmp_path}/runs", "--name", "killed"]
+    flags += ["--data.shards", f"{tmp_path}/shards", "--model.kind", "espcn", "--model.scale", "2"]
+    latest = tmp_path / "runs/killed/checkpoints/latest.json"
+    driver = subprocess.Popen(command("train_teacher", *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=2)
+    wait_for(latest, driver)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)  # the workers notice that their driver is gone
+    reached = json.loads(latest.read_text())["step"]
+    assert 0 < reached < 3000
+    run("train_teacher", *flags)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/killed/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 3001, 10))
+    assert (tmp_path / "runs/killed/model/card.json").exists()
+
+
+def wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, "the job ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_refusals_name_what_is_wrong_before_ray_starts(tmp_path: Path) -> None:
+    flags = ["--name", "x", "--output", f"{tmp_path}/runs", "--data.shards", f"{tmp_path}/nothing"]
+    student = ["--student.kind", "espcn", "--student.scale", "2", "--teacher.uri", "edsr-small-x4"]
+    assert "is empty" in run("distill", *flags, *student, expected=2)
+    assert "did you mean --num_steps?" in run("distill", *flags, *student, "--num_stepz", "3", expected=2)
+    assert "no bundled model 'nothing-x4'" in run(
+        "upscale", "--input", f"{tmp_path}", "--output", f"{tmp_path}/out", "--model", "nothing-x4", expected=2
+    )
+    assert not (tmp_path / "runs").exists()
