@@ -15,8 +15,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kdsr-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# degradation_samples.py draws a picture for the docs and measures nothing.
-MEASURES := $(filter-out bench/degradation_samples.py,$(sort $(wildcard bench/*.py)))
+# These make pages and pictures for the docs, and measure nothing.
+DRAWS := bench/degradation_samples.py bench/render_results.py
+MEASURES := $(filter-out $(DRAWS),$(sort $(wildcard bench/*.py)))
 
 .PHONY: demo test lint format bench setup clean
 

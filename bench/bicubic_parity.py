@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdsr import codecs
+from kdsr import codecs, provenance
 from kdsr.degrade import bicubic_downscale, bicubic_lr, quantize
 
 SETS = ("Set5", "Set14", "B100")
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     if "KDSR_DATA" not in os.environ:
         print(json.dumps({"rows": [], "skipped": "KDSR_DATA is not set"}))
         sys.exit()
-    print(json.dumps({"rows": list(rows(Path(os.environ["KDSR_DATA"])))}, indent=1))
+    print(json.dumps({"rows": list(rows(Path(os.environ["KDSR_DATA"]))), **provenance.stamp()}, indent=1))

@@ -31,6 +31,7 @@ def label(config: LabelConfig) -> ShardIndex:
     require_better_than_bicubic(teacher)
     session.connect(config.cluster)
     session.require_capacity(config.cluster)
+    session.leave_terminal_to_our_bar()
     entries = dict(_entries(config, index, teacher.card.sha256))
     labelled = labelled_index(index, [entries[entry.key] for entry in index.shards], teacher.card)
     write_index(open_store(config.output, config.store), labelled)

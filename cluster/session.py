@@ -1,9 +1,12 @@
 """Join the Ray cluster that a job was submitted to, or start a private one on this machine."""
 
+import logging
 import math
 import os
 
 import ray
+import ray._private.state
+import ray.data
 
 from kdsr.config import ClusterConfig
 from kdsr.errors import RequestError
@@ -60,7 +63,7 @@ def worker_cpus(config: ClusterConfig) -> float:
 
 
 def worker_threads(config: ClusterConfig, *, workers_on_node: int) -> int:
-    """Threads that one worker computes with: its CPU share where that was asked for, else its part of the node."""
+    """Threads that one worker computes with: the CPU share that was asked for, or its part of the node."""
     if config.cpus_per_worker is not None:
         return max(1, int(config.cpus_per_worker))
     return max(1, _cores() // workers_on_node)
@@ -71,30 +74,34 @@ def _cores() -> int:
 
 
 def require_capacity(config: ClusterConfig) -> None:
-    """Raise RequestError when the cluster can never run the workers that were asked for.
-
-    A cluster that scales by itself may grow; it is believed and Ray waits for it.
-    """
-    if _scales_by_itself():
-        return
-    found = ray.cluster_resources()
-    needed = {"CPU": worker_cpus(config) * config.num_workers, "GPU": float(config.use_gpu) * config.num_workers}
+    """Raise RequestError when the cluster can never run the workers that were asked for beside one reader."""
+    limits = _limits()
+    needed = {
+        "CPU": worker_cpus(config) * config.num_workers,
+        "GPU": float(config.use_gpu) * config.num_workers,
+    }
     for resource, amount in needed.items():
-        if amount > found.get(resource, 0.0) + 1e-6:
+        if amount > limits.get(resource, 0.0) + 1e-6:
             raise RequestError(
                 f"cluster.num_workers {config.num_workers} need {amount:g} {resource}, and this cluster has "
-                f"{found.get(resource, 0.0):g}; ask for fewer workers, set cluster.cpus_per_worker lower, "
+                f"{limits.get(resource, 0.0):g}; ask for fewer workers, set cluster.cpus_per_worker lower, "
                 f"or join a larger cluster with cluster.address"
             )
 
 
-def _scales_by_itself() -> bool:
-    from ray.autoscaler.v2.sdk import get_cluster_status
+def _limits() -> dict[str, float]:
+    """What the cluster has, or may grow to when it scales by itself."""
+    found: dict[str, float] = ray.cluster_resources()
+    configured = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {name: max(found.get(name, 0.0), configured.get(name, 0.0)) for name in found | configured}
 
-    try:
-        return bool(get_cluster_status(ray.get_runtime_context().gcs_address).pending_launches)
-    except RuntimeError:
-        return False
+
+def leave_terminal_to_our_bar() -> None:
+    """Ray Data's own progress and plans go to its log file only."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
 
 
 def _set_defaults() -> None:

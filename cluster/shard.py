@@ -1,6 +1,5 @@
 """Make shards of photographs with Ray Data: one task is one shard. Knows no pixels."""
 
-import logging
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -97,19 +96,11 @@ def _outcomes(missing: list[ShardPlan], config: ShardConfig) -> Iterator[dict[st
     if not missing:
         return
     session.connect(config.cluster)
-    _leave_terminal_to_our_bar()
+    session.leave_terminal_to_our_bar()
     # One block for each shard, so that each is a task of its own.
     items = [{"key": plan.key, "photos": list(plan.photos)} for plan in missing]
     plan = ray.data.from_items(items, override_num_blocks=len(items))
     yield from plan.map(_build_one, fn_kwargs={"config": config}, num_cpus=1).iter_rows()
-
-
-def _leave_terminal_to_our_bar() -> None:
-    """Ray Data's own progress and plans go to its log file only."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
 
 
 def _build_one(row: dict[str, Any], *, config: ShardConfig) -> dict[str, Any]:

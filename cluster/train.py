@@ -1,6 +1,5 @@
 """Run a training over the workers of a cluster with Ray Train. Knows no pixels and no losses."""
 
-import logging
 import sys
 import uuid
 from typing import Any
@@ -15,6 +14,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from torch import nn
 
 from cluster import session
+from kdsr import provenance
 from kdsr.config import DistillConfig, TeacherTrainingConfig
 from kdsr.errors import KdsrError
 from kdsr.spec import Card
@@ -61,7 +61,11 @@ def _trainer(config: RunConfig) -> TorchTrainer:
     filesystem, root = open_store(config.output, config.store).child(config.name).arrow()
     return TorchTrainer(
         _work,
-        train_loop_config={"kind": type(config).__name__, "config": config.model_dump(mode="json")},
+        train_loop_config={
+            "kind": type(config).__name__,
+            "config": config.model_dump(mode="json"),
+            "command": provenance.command(),
+        },
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -88,6 +92,7 @@ def _work(arguments: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         device=get_device(),
         wrap=_data_parallel,
+        command=arguments["command"],
     )
     bar = tqdm_ray.tqdm(total=config.num_steps, desc=config.name) if worker.rank == 0 else None
     done = 0

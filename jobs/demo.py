@@ -115,7 +115,9 @@ def upscale_config(config: DemoConfig) -> UpscaleConfig:
 def _training(config: DemoConfig) -> dict[str, Any]:
     return {
         "output": f"{config.output}/runs",
-        "data": DataConfig(shards=f"{config.output}/shards", patch_size=32, patches_per_row=32, window_rows=32),
+        "data": DataConfig(
+            shards=f"{config.output}/shards", patch_size=32, patches_per_row=32, window_rows=32
+        ),
         "optimizer": OptimizerConfig(learning_rate=2e-3),
         "num_steps": config.num_steps,
         "validate_every_steps": config.num_steps,

@@ -1,6 +1,6 @@
 """Distil a teacher into a small student.
 
-    python jobs/distill.py --config jobs/configs/distill_x4.yaml
+python jobs/distill.py --config jobs/configs/distill_x4.yaml
 """
 
 from kdsr.cli import main
@@ -12,7 +12,8 @@ def run(config: DistillConfig) -> int:
     from cluster.train import run as train
 
     card = train(config)
-    print(f"{card.name}: {card.num_parameters:,} parameters, {card.metrics}: {config.output}/{config.name}/model")
+    place = f"{config.output}/{config.name}/model"
+    print(f"{card.name}: {card.num_parameters:,} parameters, {card.metrics}: {place}")
     return 0
 
 

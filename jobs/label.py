@@ -1,6 +1,6 @@
-"""Run a teacher over shards once and store its output beside every sub-image; distilling then needs no teacher.
+"""Run a teacher over shards once and store its output beside every sub-image; distilling then skips it.
 
-    python jobs/label.py --shards out/shards --teacher.uri teacher.pt --output out/labelled
+python jobs/label.py --shards out/shards --teacher.uri teacher.pt --output out/labelled
 """
 
 from kdsr.cli import main
@@ -13,7 +13,8 @@ def run(config: LabelConfig) -> int:
 
     index = label(config)
     assert index.teacher is not None
-    print(f"{index.num_rows} sub-images carry x{index.teacher_scale} outputs of {index.teacher.name}: {config.output}")
+    labels = f"x{index.teacher_scale} outputs of {index.teacher.name}"
+    print(f"{index.num_rows} sub-images carry {labels}: {config.output}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Train a network on HR alone: a teacher, or a student to compare with.
 
-    python jobs/train_teacher.py --config jobs/configs/teacher_x4.yaml
+python jobs/train_teacher.py --config jobs/configs/teacher_x4.yaml
 """
 
 from kdsr.cli import main
@@ -12,7 +12,8 @@ def run(config: TeacherTrainingConfig) -> int:
     from cluster.train import run as train
 
     card = train(config)
-    print(f"{card.name}: {card.num_parameters:,} parameters, {card.metrics}: {config.output}/{config.name}/model")
+    place = f"{config.output}/{config.name}/model"
+    print(f"{card.name}: {card.num_parameters:,} parameters, {card.metrics}: {place}")
     return 0
 
 

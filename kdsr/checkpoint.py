@@ -50,8 +50,11 @@ def load_model(reference: str, config: StoreConfig = StoreConfig()) -> LoadedMod
     if reference.endswith(FOREIGN_SUFFIXES):
         return _load_foreign(reference, config)
     card, store = _open_directory(reference, config)
-    weights = store.get(WEIGHTS_KEY)
-    _check_digest(f"{store.uri}/{WEIGHTS_KEY}", weights, card.sha256)
+    if isinstance(card.spec, ImportedSpec):
+        raise CheckpointCorrupt(
+            f"{store.uri}: {CARD_KEY} names an imported network; give its own file instead"
+        )
+    weights = _get_checked(store, WEIGHTS_KEY, sha256=card.sha256)
     model = build_model(card.spec)
     try:
         model.load_state_dict(load_safetensors(weights))
@@ -116,13 +119,18 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _check_digest(uri: str, data: bytes, expected: str) -> None:
-    found = _digest(data)
-    if found != expected:
+def _get_checked(store: Store, key: str, *, sha256: str) -> bytes:
+    """The object under `key`. Raises CheckpointCorrupt unless it is the one that was written."""
+    try:
+        data = store.get(key)
+    except KeyNotFound:
+        raise CheckpointCorrupt(f"{store.uri}/{key} is not there; fetch or train it again") from None
+    if _digest(data) != sha256:
         raise CheckpointCorrupt(
-            f"{uri}: expected sha256 {expected[:12]}, found {found[:12]}; the file changed after it was "
-            f"written, fetch or train it again"
+            f"{store.uri}/{key}: expected sha256 {sha256[:12]}, found {_digest(data)[:12]}; the file changed "
+            f"after it was written, fetch or train it again"
         )
+    return data
 
 
 # ---------------------------------------------------------------- training states
@@ -151,8 +159,7 @@ class StateStore:
         entry = self._entry(pointer)
         if entry is None:
             return None
-        data = self.store.get(entry["key"])
-        _check_digest(f"{self.store.uri}/{entry['key']}", data, entry["sha256"])
+        data = _get_checked(self.store, entry["key"], sha256=entry["sha256"])
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return state
 
@@ -180,7 +187,8 @@ class StateStore:
 
 def require_teacher_spec(card: Card, *, scale: int, channels: int) -> None:
     """Raise RequestError when a teacher cannot teach a student of this scale and these channels."""
-    for what, expected, found in (("scale", scale, card.spec.scale), ("channels", channels, card.spec.channels)):
+    expectations = (("scale", scale, card.spec.scale), ("channels", channels, card.spec.channels))
+    for what, expected, found in expectations:
         if expected != found:
             raise RequestError(
                 f"teacher {card.name}: the student has {what} {expected}, the teacher {found}; "

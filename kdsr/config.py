@@ -5,6 +5,7 @@ because workers run in other folders.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -253,6 +254,19 @@ class OutputTerm(Schedule):
 DistillTerm = Annotated[PixelTerm | OutputTerm, Field(discriminator="kind")]
 
 
+def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
+    """Between two of these moments weights run straight, so a sum of zero would show at one of them."""
+    moments = {0.0, *(moment for term in terms for moment in term.ramp if moment < 1)}
+    for moment in sorted(moments):
+        if not any(term.at(moment) > 0 for term in terms):
+            raise ValueError(f"no term has a weight at {moment:g} of the run; there is nothing to minimise")
+    return terms
+
+
+TeacherTerms = Annotated[tuple[PixelTerm, ...], AfterValidator(_never_weightless)]
+DistillTerms = Annotated[tuple[DistillTerm, ...], AfterValidator(_never_weightless)]
+
+
 class OptimizerConfig(Frozen):
     """Adam or AdamW, linear warm-up, cosine decay, EMA of the weights."""
 
@@ -311,7 +325,7 @@ class TeacherTrainingConfig(TrainingConfig):
     """Train a network on HR alone: a teacher, or a student for comparison."""
 
     model: TrainableSpec
-    terms: tuple[PixelTerm, ...] = (PixelTerm(),)
+    terms: TeacherTerms = (PixelTerm(),)
 
 
 class TeacherConfig(Frozen):
@@ -319,6 +333,8 @@ class TeacherConfig(Frozen):
 
     uri: ModelReference
     """Bundled name, model directory, or a public checkpoint file (.pt, .pth, .safetensors)."""
+    licence: str | None = None
+    """Terms of the teacher's weights, where it has no card that names them; kept in the student's card."""
 
 
 class DistillConfig(TrainingConfig):
@@ -326,7 +342,7 @@ class DistillConfig(TrainingConfig):
 
     student: TrainableSpec
     teacher: TeacherConfig
-    terms: tuple[DistillTerm, ...] = (PixelTerm(), OutputTerm())
+    terms: DistillTerms = (PixelTerm(), OutputTerm())
 
     @property
     def model(self) -> TrainableSpec:
@@ -344,6 +360,12 @@ class LabelConfig(Frozen):
     precision: Literal["float32", "bfloat16"] = "float32"
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _shards_are_kept(self) -> Self:
+        if self.shards.rstrip("/") == self.output.rstrip("/"):
+            raise ValueError(f"output {self.output} holds the shards themselves; choose another place")
+        return self
 
 
 # ---------------------------------------------------------------- evaluation and upscaling

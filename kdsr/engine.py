@@ -61,7 +61,7 @@ class Engine:
     def _to_unit(self, tiles: np.ndarray) -> Tensor:
         """uint8 (N, h, w, C) to (N, C, h, w) in [0, 1] on the device."""
         # torch warns of arrays that it could write to but must not.
-        lr = torch.from_numpy(np.require(tiles, requirements="CW")).to(self._device).permute(0, 3, 1, 2)
+        lr = torch.from_numpy(np.require(tiles, requirements=["C", "W"])).to(self._device).permute(0, 3, 1, 2)
         # Divided in float32: bfloat16 does not hold every one of the 256 levels exactly.
         unit = lr.to(torch.float32).div_(255)
         return unit.to(self._dtype).contiguous(memory_format=self._layout)

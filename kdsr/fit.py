@@ -174,5 +174,6 @@ def _update_ema(state: TrainState) -> None:
     decay = min(state.config.ema_decay, (1 + state.step) / (10 + state.step))
     if state.config.ema_decay == 0:
         decay = 0.0
-    means, weights = list(state.ema.parameters()), list(state.model.parameters())
+    means: list[Tensor] = list(state.ema.parameters())
+    weights: list[Tensor] = list(state.model.parameters())
     torch._foreach_lerp_(means, weights, 1 - decay)

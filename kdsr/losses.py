@@ -1,4 +1,4 @@
-"""Distances between two batches of images: plain functions of tensors, in float32, averaged over all of it."""
+"""Distances between two batches of images: plain functions of tensors, in float32, averaged over all."""
 
 from collections.abc import Callable, Mapping
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdsr import codecs, shards
 from kdsr.config import DataConfig
 from kdsr.degrade import Degrade
-from kdsr.errors import DataError
+from kdsr.errors import DataError, ImageCorrupt, ShardCorrupt
 from kdsr.shards import Row
 from kdsr.spec import Channels, ShardIndex
 from kdsr.store import Store
@@ -108,6 +108,8 @@ class PatchReader:
     batch_size: int
     """Patches of a step over all ranks."""
     seed: int
+    with_teacher_sr: bool = True
+    """Whether a teacher's stored outputs are read where there are any; they must be of this `scale`."""
     rank: int = 0
     world_size: int = 1
 
@@ -148,12 +150,15 @@ class PatchReader:
                         position += 1
                         yield patch, after
                 if not found and cursor == Cursor(cursor.epoch, 0, 0):
-                    raise DataError(
-                        f"{self.store.uri}: no training sub-image is at least {self.side} pixels in height and "
-                        f"width, which data.patch_size {self.data.patch_size} at scale {self.scale} needs; "
-                        f"use a smaller patch_size, or shard with a larger sub_image_size"
-                    )
+                    raise self._nothing_fits()
                 cursor = Cursor(cursor.epoch + 1, 0, 0)
+
+    def _nothing_fits(self) -> DataError:
+        return DataError(
+            f"{self.store.uri}: no training sub-image has at least {self.side} pixels in height and width, "
+            f"which data.patch_size {self.data.patch_size} needs at scale {self.scale}; use a smaller "
+            f"patch_size, or shard with a larger sub_image_size"
+        )
 
     def _window(
         self, pool: ThreadPoolExecutor, groups: list[RowGroup], start: Cursor, position: int
@@ -172,7 +177,8 @@ class PatchReader:
 
     def _rows(self, group: RowGroup) -> list[Row]:
         entry = self.index.shards[group.shard]
-        rows = shards.read_row_group(self.store, entry, group.row_group)
+        columns = ("image", "teacher_sr") if self.with_teacher_sr else ("image",)
+        rows = shards.read_row_group(self.store, entry, group.row_group, columns=columns)
         return [row for row in rows if not row.heldout and self._fits(row)]
 
     def _fits(self, row: Row) -> bool:
@@ -203,7 +209,9 @@ class PatchReader:
         # On the LR grid of the whole image, so that a stored teacher output fits.
         top = self.scale * int(random.integers(0, (height - self.side) // self.scale + 1))
         left = self.scale * int(random.integers(0, (width - self.side) // self.scale + 1))
-        turns, mirror = (int(random.integers(4)), bool(random.integers(2))) if self.data.augment else (0, False)
+        turns, mirror = 0, False
+        if self.data.augment:
+            turns, mirror = int(random.integers(4)), bool(random.integers(2))
 
         def patch(image: Array) -> Array:
             square = np.rot90(image[top : top + self.side, left : left + self.side], turns)
@@ -213,8 +221,14 @@ class PatchReader:
 
 
 def _decode(row: Row) -> _Pixels:
-    teacher_sr = None if row.teacher_sr is None else codecs.decode_png(row.teacher_sr)
-    hr = codecs.decode_png(row.image)
+    try:
+        teacher_sr = None if row.teacher_sr is None else codecs.decode_png(row.teacher_sr)
+        hr = codecs.decode_png(row.image)
+    except ImageCorrupt as error:
+        raise ShardCorrupt(
+            f"sub-image at x {row.x}, y {row.y} of {row.key}: {error}; delete its shard with the .json beside "
+            f"it and run the job that made it again"
+        ) from error
     if teacher_sr is not None:
         # The teacher saw the largest part that is a multiple of the scale.
         hr = hr[: teacher_sr.shape[0], : teacher_sr.shape[1]]
@@ -290,7 +304,7 @@ def _read_ahead(items: Iterator[Item], *, depth: int) -> Iterator[Item]:
                 queue.put(item)
                 if stopped.is_set():
                     return
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             queue.put(error)
 
     threading.Thread(target=produce, daemon=True, name="read-ahead").start()

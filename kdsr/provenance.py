@@ -14,7 +14,9 @@ from kdsr import __version__
 def command() -> str:
     """The command line of this process, the program's folder left out."""
     program = Path(sys.argv[0])
-    name = f"{program.parent.name}/{program.name}" if program.parent.name == "jobs" else program.name
+    name = (
+        f"{program.parent.name}/{program.name}" if program.parent.name in {"jobs", "bench"} else program.name
+    )
     return "python " + shlex.join([name, *sys.argv[1:]])
 
 
@@ -36,6 +38,11 @@ def machine() -> str:
 def now() -> str:
     """UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def stamp() -> dict[str, str]:
+    """All of it, for the JSON of a measurement."""
+    return {"machine": machine(), "command": command(), "commit": commit(), "date": now()}
 
 
 def _git(root: Path, *arguments: str) -> str:

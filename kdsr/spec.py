@@ -84,6 +84,8 @@ class ImportedSpec(Frozen):
     """Name of the architecture as `spandrel` recognised it."""
     multiple_of: int = 1
     """Height and width that the network accepts are multiples of this."""
+    min_size: int = 1
+    """Height and width that the network accepts are at least this; a multiple of `multiple_of`."""
 
 
 ModelSpec = Annotated[

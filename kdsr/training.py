@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kdsr.checkpoint import (
     require_teacher_spec,
     save_model,
 )
-from kdsr.config import DistillConfig, TeacherTrainingConfig
+from kdsr.config import BicubicDegradation, DistillConfig, TeacherTrainingConfig
 from kdsr.degrade import build_degradation
 from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
@@ -43,7 +43,14 @@ log = logging.getLogger(__name__)
 RunConfig = TeacherTrainingConfig | DistillConfig
 
 # What may change between two starts of one run without making it another run.
-FREE_FIELDS = {"cluster", "store", "log_every_steps", "save_every_steps", "validate_every_steps"}
+FREE_FIELDS = {
+    "cluster",
+    "data.num_threads",
+    "log_every_steps",
+    "save_every_steps",
+    "store",
+    "validate_every_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Worker:
     device: torch.device = torch.device("cpu")
     wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda model: model
     """Makes the network data-parallel."""
+    command: str = field(default_factory=provenance.command)
+    """What a person typed to start the run, for the model card."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,18 @@ def check(config: RunConfig) -> Inputs:
     """Refuse what cannot work, before any worker starts.
 
     Raises RequestError for shards that are not complete, for a teacher of another scale or other channels,
-    for stored outputs of another teacher, and for a run of this name with other settings.
+    for stored outputs of another teacher or another LR, for a network that cannot begin from `init_from`,
+    and for a run of this name with other settings.
     """
     index = shards.read_index(open_store(config.data.shards, config.store))
     if index.num_rows == index.num_heldout_rows:
-        raise RequestError(f"{config.data.shards}: all {index.num_rows} rows are held out; nothing to train on")
+        raise RequestError(
+            f"{config.data.shards}: all {index.num_rows} rows are held out; make shards with a smaller "
+            f"heldout_fraction"
+        )
     teacher = _check_teacher(config, index) if needs_teacher(config.terms) else None
     if config.init_from is not None:
-        load_card(config.init_from, config.store)
+        _check_first_weights(config, load_card(config.init_from, config.store))
     _require_same_run(_run_store(config), config)
     return Inputs(index, teacher)
 
@@ -101,7 +114,7 @@ def exported_card(config: RunConfig) -> Card | None:
 
 
 def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
-    """Run, or go on with, the training that `config` asks for; every rank yields at the same steps.
+    """Run, or go on with, the training that `config` asks for; only rank 0 yields where it validates.
 
     Rank 0 writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`
     under the run's name. Raises NonFiniteLoss with the last good checkpoint kept.
@@ -120,15 +133,17 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
         build_objective(
             worker.wrap(state.model), config.terms, teacher=_live_teacher(config, inputs, worker.device)
         ),
-        _pairs(config, inputs.index, state.cursor, worker),
+        _pairs(config, inputs, state.cursor, worker),
         until_step=config.num_steps,
         autocast=autocast_type(config.precision, worker.device),
     )
     validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
-    yield from _consume(config, worker, state, reports, states, history, validate)
-    if worker.rank == 0:
+    try:
+        yield from _consume(config, worker, state, reports, states, history, validate)
+    finally:
         history.close()
-        _export(config, inputs, states, history)
+    if worker.rank == 0:
+        _export(config, inputs, worker, states, history)
 
 
 def _consume(
@@ -156,7 +171,8 @@ def _consume(
         is_best = "heldout_psnr_y" in metrics and history.best_step() == report.step
         if worker.rank == 0 and (last or is_best or report.step % config.save_every_steps == 0):
             history.save()
-            pointers = ("latest", "best") if is_best else ("latest",)
+            # `latest` goes last: a run that is killed between the two finds its best step again.
+            pointers = ("best", "latest") if is_best else ("latest",)
             states.save(state.state_dict(), step=state.step, pointers=pointers)
         if metrics:
             yield Progress(report.step, metrics)
@@ -209,18 +225,19 @@ def _start(config: RunConfig, device: torch.device) -> TrainState:
 
 
 def _pairs(
-    config: RunConfig, index: ShardIndex, start: Cursor, worker: Worker
+    config: RunConfig, inputs: Inputs, start: Cursor, worker: Worker
 ) -> Iterator[tuple[PairBatch, Cursor]]:
     scale = config.model.scale
     degradation = build_degradation(config.data.degradation, scale)
     reader = PatchReader(
         store=open_store(config.data.shards, config.store),
-        index=index,
+        index=inputs.index,
         data=config.data,
         scale=scale,
         context=degradation.context,
         batch_size=config.batch_size,
         seed=config.seed,
+        with_teacher_sr=inputs.teacher is not None,
         rank=worker.rank,
         world_size=worker.world_size,
     )
@@ -238,9 +255,25 @@ def _check_teacher(config: RunConfig, index: ShardIndex) -> TeacherRef:
             f"({index.teacher.sha256[:12]}), and the run asks for {card.name} ({card.sha256[:12]}); "
             f"label the shards with this teacher, or use the shards without labels"
         )
+    if index.teacher is not None and not isinstance(config.data.degradation, BicubicDegradation):
+        raise RequestError(
+            f"{config.data.shards} carries the teacher's outputs for bicubic LR, and data.degradation "
+            f"{config.data.degradation.kind} makes another LR; use the shards without labels"
+        )
     if is_imported(card):
         require_better_than_bicubic(load_model(config.teacher.uri, config.store))
-    return TeacherRef(name=card.name, sha256=card.sha256, licence=card.licence)
+    return TeacherRef(name=card.name, sha256=card.sha256, licence=config.teacher.licence or card.licence)
+
+
+def _check_first_weights(config: RunConfig, card: Card) -> None:
+    """Raise RequestError for a network that shares no more than a bias with the one that is trained."""
+    for what in ("kind", "num_features"):
+        expected, found = getattr(config.model, what), getattr(card.spec, what, None)
+        if expected != found:
+            raise RequestError(
+                f"init_from {config.init_from}: expected a network of {what} {expected}, found {found}; "
+                f"take a model of the same kind and width, of any scale"
+            )
 
 
 def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn.Module | None:
@@ -319,7 +352,7 @@ class History:
         return max(measured, key=lambda row: row["heldout_psnr_y"])["step"] if measured else None
 
 
-def _export(config: RunConfig, inputs: Inputs, states: StateStore, history: History) -> Card:
+def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStore, history: History) -> Card:
     """Write `model/`: the EMA weights of the best checkpoint, or of the last one without validation."""
     best = states.load("best")
     chosen = best or states.load("latest")
@@ -336,7 +369,7 @@ def _export(config: RunConfig, inputs: Inputs, states: StateStore, history: Hist
         teacher=inputs.teacher,
         data=list(config.datasets) or [f"{config.data.shards} ({inputs.index.options.get('licence')})"],
         licence=config.licence,
-        command=provenance.command(),
+        command=worker.command,
         commit=provenance.commit(),
         created=provenance.now(),
         num_steps=chosen["step"],
@@ -356,13 +389,26 @@ def _require_same_run(store: Store, config: RunConfig) -> None:
     except KeyNotFound:
         return
     now = json.loads(config.model_dump_json())
+    old, new = dict(_settings(before)), dict(_settings(now))
     changed = [
-        f"{name}: was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if name not in FREE_FIELDS and before.get(name) != now.get(name)
+        f"{name}: was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
     ]
     if changed:
         raise RequestError(
             f"run {config.name} in {config.output} was begun with other settings ({'; '.join(changed)}); "
             f"choose another name, or delete {store.uri}"
         )
+
+
+def _settings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of what makes a run the run that it is."""
+    for name, value in config.items():
+        path = prefix + name
+        if path in FREE_FIELDS:
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{path}.")
+        else:
+            yield path, value

@@ -54,7 +54,7 @@ def make_pair(
 
 
 def require_better_than_bicubic(teacher: LoadedModel) -> None:
-    """Raise RequestError unless an imported teacher beats bicubic by 1 dB on the photograph beside the weights.
+    """Raise RequestError unless an imported teacher beats bicubic by 1 dB on the bundled photograph.
 
     It catches weights whose value range or channel order is not the assumed one.
     """

@@ -12,6 +12,8 @@ from kdsr.models.fsrcnn import Fsrcnn
 from kdsr.models.rep_chain import RepChain
 from kdsr.spec import BicubicSpec, EdsrSpec, EspcnSpec, Frozen, FsrcnnSpec, ModelSpec, RepChainSpec
 
+__all__ = ["MODELS", "SrModel", "build_model", "fold", "inherit_weights", "num_parameters"]
+
 MODELS: Mapping[type[Frozen], type[SrModel]] = {
     EdsrSpec: Edsr,
     RepChainSpec: RepChain,
@@ -23,7 +25,7 @@ MODELS: Mapping[type[Frozen], type[SrModel]] = {
 
 def build_model(spec: ModelSpec) -> SrModel:
     """A freshly initialised network for `spec`. Imported networks come from `kdsr.checkpoint` only."""
-    return MODELS[type(spec)](spec)  # type: ignore[call-arg]
+    return MODELS[type(spec)](spec)
 
 
 def fold(model: SrModel) -> SrModel:

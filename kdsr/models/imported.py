@@ -3,13 +3,16 @@
 A checkpoint is read as tensors only: no code in it is ever run.
 """
 
+import importlib.util
+import io
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch.nn.functional as F
+import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from kdsr.errors import CheckpointCorrupt, RequestError
@@ -22,6 +25,8 @@ ATTENTION_RADIUS = 32
 
 class Imported(SrModel):
     """A foreign network behind kdsr's contract. See `ImportedSpec`."""
+
+    spec: ImportedSpec
 
     def __init__(self, spec: ImportedSpec, network: nn.Module) -> None:
         super().__init__()
@@ -37,77 +42,110 @@ class Imported(SrModel):
         """See `SrModel`. Sizes the network does not accept are mirrored up to the next one and cut back."""
         self.check_channels(lr)
         height, width = lr.shape[-2:]
-        multiple = self.spec.multiple_of
-        bottom, right = -height % multiple, -width % multiple
-        if bottom or right:
-            lr = F.pad(lr, (0, right, 0, bottom), mode="reflect")
-        sr = self.network(lr)
+        sr = self.network(_mirrored_up(lr, self.spec))
         return sr[..., : height * self.spec.scale, : width * self.spec.scale]
+
+
+def _mirrored_up(lr: Tensor, spec: ImportedSpec) -> Tensor:
+    """`lr` (B, C, h, w) mirrored at the bottom and right, back and forth where that is not enough."""
+    for dim in (-2, -1):
+        side = lr.shape[dim]
+        accepted = max(spec.min_size, side + -side % spec.multiple_of)
+        if accepted > side:
+            period = max(1, 2 * (side - 1))
+            place = torch.arange(accepted, device=lr.device) % period
+            lr = lr.index_select(dim, torch.minimum(place, period - place))
+    return lr
 
 
 def read_checkpoint(data: bytes, *, suffix: str, origin: str) -> Imported:
     """The network in a public checkpoint file.
 
     Raises RequestError when spandrel is missing or does not know the architecture, CheckpointCorrupt when
-    the bytes are no checkpoint, and RequestError for networks that do something else than upscale images.
+    the bytes hold anything but tensors, and RequestError for networks that do something else than upscale.
     """
     spandrel = _import_spandrel()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "checkpoint").with_suffix(suffix)
-        path.write_bytes(data)
-        try:
-            descriptor = spandrel.ModelLoader(device="cpu").load_from_file(path)
-        except spandrel.UnsupportedModelError:
-            raise RequestError(
-                f"{origin}: no known architecture has these weights; spandrel's list of supported "
-                f"architectures names what can be imported"
-            ) from None
-        except Exception as error:  # spandrel passes on whatever torch and pickle raise
-            raise CheckpointCorrupt(f"{origin}: not a readable checkpoint: {error}") from None
+    try:
+        tensors = spandrel.canonicalize_state_dict(_read_tensors(data, suffix))
+        descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(tensors)
+    except spandrel.UnsupportedModelError:
+        raise RequestError(
+            f"{origin}: no known architecture has these weights; spandrel's list of supported "
+            f"architectures names what can be imported"
+        ) from None
+    except Exception as error:  # readers of arbitrary bytes and of unexpected weights raise anything
+        raise CheckpointCorrupt(
+            f"{origin}: not a checkpoint of plain tensors ({type(error).__name__}); expected a state dict "
+            f"saved by torch.save or as safetensors, whole and without code"
+        ) from error
     return Imported(_spec(descriptor, origin), descriptor.model.eval())
+
+
+def _read_tensors(data: bytes, suffix: str) -> Any:
+    """What torch.save or safetensors wrote. Objects that need code to come back are refused."""
+    if suffix == ".safetensors":
+        return load_safetensors(data)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _spec(descriptor: Any, origin: str) -> ImportedSpec:
     channels = (descriptor.input_channels, descriptor.output_channels)
     if descriptor.scale not in (2, 3, 4) or channels not in ((3, 3), (1, 1)):
         raise RequestError(
-            f"{origin}: expected an upscaler x2, x3 or x4 with 3 or 1 channels, found {descriptor.architecture.name} "
-            f"x{descriptor.scale} from {channels[0]} to {channels[1]} channels"
+            f"{origin}: expected an upscaler x2, x3 or x4 with 3 or 1 channels, found "
+            f"{descriptor.architecture.name} x{descriptor.scale} from {channels[0]} to {channels[1]} channels"
         )
     return ImportedSpec(
         scale=descriptor.scale,
         channels=descriptor.input_channels,
         architecture=descriptor.architecture.name,
-        multiple_of=max(1, descriptor.size_requirements.multiple_of),
+        multiple_of=descriptor.size_requirements.multiple_of,
+        min_size=max(1, descriptor.size_requirements.minimum),
     )
 
 
 def _import_spandrel() -> ModuleType:
-    """spandrel, with a stand-in for torchvision where that is not installed.
-
-    spandrel names three functions of torchvision at import and calls none of them for the networks that
-    are of use here; torchvision itself has no build beside every torch.
-    """
-    stand_in = "torchvision.transforms.functional"
     try:
-        if "spandrel" not in sys.modules:
-            sys.modules.update(_torchvision_stand_in(stand_in))
-        import spandrel
+        with _stand_in("torchvision.transforms.functional"):
+            import spandrel
     except ImportError as error:
         raise RequestError(
-            f"public checkpoints need spandrel ({error}); run: pip install einops && pip install --no-deps spandrel"
+            f"public checkpoints need spandrel ({error}); run: pip install einops && "
+            f"pip install --no-deps spandrel"
         ) from None
     return spandrel
 
 
-def _torchvision_stand_in(name: str) -> dict[str, ModuleType]:
-    functional = ModuleType(name)
-    for attribute in ("normalize", "rotate", "InterpolationMode"):
-        setattr(functional, attribute, None)
-    modules = {name: functional}
+@contextmanager
+def _stand_in(name: str) -> Iterator[None]:
+    """An empty module `name` where its package is not installed, for as long as the block runs.
+
+    spandrel names three functions of torchvision at import and calls none of them for the networks that
+    are of use here; torchvision itself has no build beside every torch.
+    """
+    package = name.partition(".")[0]
+    if package in sys.modules or importlib.util.find_spec(package) is not None:
+        yield
+        return
+    modules = _empty_modules(name, attributes=("normalize", "rotate", "InterpolationMode"))
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        # Others must see that it is not there.
+        for made in modules:
+            sys.modules.pop(made, None)
+
+
+def _empty_modules(name: str, attributes: tuple[str, ...]) -> dict[str, ModuleType]:
+    """`name` with `attributes`, and the packages above it."""
+    module = ModuleType(name)
+    for attribute in attributes:
+        setattr(module, attribute, None)
+    modules = {name: module}
     while "." in name:
         name, _, child = name.rpartition(".")
         parent = ModuleType(name)
         setattr(parent, child, modules[f"{name}.{child}"])
         modules[name] = parent
-    return {key: module for key, module in modules.items() if key not in sys.modules}
+    return modules

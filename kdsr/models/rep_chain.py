@@ -4,6 +4,8 @@ Sources: Ding et al., RepVGG, CVPR 2021; Zhang et al., ECBSR, ACM MM 2021 (branc
 Online Convolutional Re-parameterization, CVPR 2022 (fold first, then convolve once, in training too).
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from kdsr.spec import RepChainSpec
 BICUBIC_RADIUS = 2
 
 NEGATIVE_SLOPE = 0.1
-"""Of the leaky ReLU. With a slope of zero every feature can fall silent, and the chain stays bicubic for ever."""
+"""Of the leaky ReLU. With zero, all features can fall silent, and the chain stays bicubic for ever."""
 
 
 class RepConv(nn.Module):
@@ -54,7 +56,7 @@ class RepConv(nn.Module):
     @torch.no_grad()
     def set_folded(self, kernel: Tensor, bias: Tensor) -> None:
         """Move the 3x3 branch so that the fold becomes `kernel` and `bias`."""
-        self.kernel += kernel - self.folded()[0]
+        self.kernel.add_(kernel - self.folded()[0])
         self.bias.copy_(bias)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -69,13 +71,14 @@ class RepChain(SrModel):
     The tail starts at zero, so that an untrained chain is bicubic interpolation.
     """
 
+    spec: RepChainSpec
+
     def __init__(self, spec: RepChainSpec) -> None:
         super().__init__()
         self.spec = spec
         width, out = spec.num_features, spec.channels * spec.scale**2
         widths = [spec.channels] + [width] * (spec.num_layers - 1) + [out]
-        pairs = zip(widths, widths[1:], strict=False)
-        self.layers = nn.ModuleList([_convolution(spec, num_in, num_out) for num_in, num_out in pairs])
+        self.layers = nn.ModuleList([_convolution(spec, *pair) for pair in pairwise(widths)])
         self.shuffle = nn.PixelShuffle(spec.scale)
         _start_at_zero(self.layers[-1])
 
@@ -101,11 +104,11 @@ class RepChain(SrModel):
         """Take the folded layers of `source` that have the same shape; returns how many."""
         taken = 0
         for layer, given in zip(self.layers, source.fold().layers, strict=False):
-            own = layer.kernel if isinstance(layer, RepConv) else layer.weight
-            if own.shape != given.weight.shape:
+            kernel, bias = _folded(given)
+            if _kernel(layer).shape != kernel.shape:
                 continue
             if isinstance(layer, RepConv):
-                layer.set_folded(given.weight, given.bias)
+                layer.set_folded(kernel, bias)
             else:
                 layer.load_state_dict(given.state_dict())
             taken += 1
@@ -118,9 +121,8 @@ class RepChain(SrModel):
         copy = RepChain(self.spec.model_copy(update={"folded": True}))
         with torch.no_grad():
             for source, target in zip(self.layers, copy.layers, strict=True):
-                kernel, bias = source.folded()
-                target.weight.copy_(kernel)
-                target.bias.copy_(bias)
+                kernel, bias = _folded(source)
+                target.load_state_dict({"weight": kernel, "bias": bias})
         return copy.train(self.training)
 
 
@@ -132,5 +134,21 @@ def _convolution(spec: RepChainSpec, num_in: int, num_out: int) -> nn.Module:
 
 def _start_at_zero(tail: nn.Module) -> None:
     """Only the outermost factor of each branch, so that gradients still reach all of them."""
-    nn.init.zeros_(tail.kernel if isinstance(tail, RepConv) else tail.weight)
+    assert isinstance(tail.bias, Tensor)
+    nn.init.zeros_(_kernel(tail))
     nn.init.zeros_(tail.bias)
+
+
+def _kernel(layer: nn.Module) -> Tensor:
+    """The 3x3 weights that `layer` learns."""
+    kernel = layer.kernel if isinstance(layer, RepConv) else layer.weight
+    assert isinstance(kernel, Tensor)
+    return kernel
+
+
+def _folded(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of the single convolution that `layer` is, or folds into."""
+    if isinstance(layer, RepConv):
+        return layer.folded()
+    assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+    return layer.weight, layer.bias

@@ -4,6 +4,7 @@
 with a term function and a row in `_build_term`; nothing else changes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -26,10 +27,13 @@ def build_objective(
 ) -> Objective:
     """One forward pass of `student`, then every term whose weight is not zero at that point of the run.
 
-    `student` may be wrapped for data parallelism. Raises RequestError when a term needs a teacher and
-    there is none.
+    `student` may be wrapped for data parallelism. The objective raises RequestError when a term needs a
+    teacher and there is neither one nor a stored output.
     """
-    built = [(_name(config), config, _build_term(config, teacher)) for config in terms]
+    built = [
+        (name, config, _build_term(config, teacher))
+        for name, config in zip(_names(terms), terms, strict=True)
+    ]
 
     def objective(pair: PairBatch) -> Losses:
         sr = student(pair.lr)
@@ -44,8 +48,15 @@ def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
     return any(isinstance(term, OutputTerm) for term in terms)
 
 
-def _name(config: DistillTerm) -> str:
-    return f"{config.kind}_{config.loss}"
+def _names(terms: Sequence[DistillTerm]) -> list[str]:
+    """`pixel_l1`, `output_l1`, ...; a second term of the same kind and loss becomes `pixel_l1_2`."""
+    seen: Counter[str] = Counter()
+    names: list[str] = []
+    for config in terms:
+        name = f"{config.kind}_{config.loss}"
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
 
 
 def _build_term(config: DistillTerm, teacher: nn.Module | None) -> Term:

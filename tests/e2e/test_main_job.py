@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(s3_uri: str, tmp_path: Path) -> Iterator[Store]:
+def place(s3_uri: str, tmp_path: Path) -> Store:
     """An S3 prefix with photographs and a benchmark below it."""
     store = open_store(s3_uri)
     for path in write_photographs(tmp_path / "photos", 6):
@@ -42,7 +41,7 @@ def place(s3_uri: str, tmp_path: Path) -> Iterator[Store]:
         if path.stem in {"photo-1", "photo-2"}:
             store.put_file(f"bench/HR/{path.name}", path)
     store.put("photos/broken.jpg", b"\xff\xd8\xff\xe0 no picture")
-    yield store
+    return store
 
 
 def command(job: str, *flags: str) -> list[str]:
@@ -51,7 +50,9 @@ def command(job: str, *flags: str) -> list[str]:
 
 def run(job: str, *flags: str, expected: int = 0) -> str:
     """The last line that the job printed."""
-    done = subprocess.run(command(job, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(job, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == expected, done.stderr[-3000:]
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
@@ -64,19 +65,47 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
     assert "sharded 6 images" in said and "1 rejected" in said
 
     base = ["--config", str(config), "--output", f"{uri}/runs"]
-    edsr = ["--model.kind", "edsr", "--model.scale", "2", "--model.num_features", "8", "--model.num_blocks", "1"]
+    edsr = [
+        "--model.kind",
+        "edsr",
+        "--model.scale",
+        "2",
+        "--model.num_features",
+        "8",
+        "--model.num_blocks",
+        "1",
+    ]
     run("train_teacher", *base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr)
     teacher = f"{uri}/runs/teacher/model"
     run("label", "--shards", f"{uri}/shards", "--teacher.uri", teacher, "--output", f"{uri}/labelled")
     student = ["--student.kind", "rep_chain", "--student.scale", "2", "--student.num_features", "8"]
-    flags = [*base, "--name", "student", "--data.shards", f"{uri}/labelled", "--teacher.uri", teacher, *student]
+    flags = [
+        *base,
+        "--name",
+        "student",
+        "--data.shards",
+        f"{uri}/labelled",
+        "--teacher.uri",
+        teacher,
+        *student,
+    ]
     config.write_text(TRAINING.replace("{kind: pixel}", "{kind: pixel}, {kind: output}"))
     assert "student" in run("distill", *flags)
     model = f"{uri}/runs/student/model"
     card = json.loads(place.get("runs/student/model/card.json"))
     assert card["teacher"]["name"] == "teacher" and card["spec"]["folded"]
 
-    run("evaluate", "--model", model, "--model", teacher, "--benchmark", f"{uri}/bench", "--output", f"{uri}/report")
+    run(
+        "evaluate",
+        "--model",
+        model,
+        "--model",
+        teacher,
+        "--benchmark",
+        f"{uri}/bench",
+        "--output",
+        f"{uri}/report",
+    )
     rows = json.loads(place.get("report/results.json"))["rows"]
     assert [row["model"] for row in rows] == ["bicubic", "student", "teacher"]
 
@@ -93,7 +122,15 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path: Path) -> None:
     write_photographs(tmp_path / "photos", 6)
     config = tmp_path / "training.yaml"
     config.write_text(TRAINING.replace("num_steps: 40", "num_steps: 3000"))
-    run("shard", "--input", f"{tmp_path}/photos", "--output", f"{tmp_path}/shards", "--heldout_fraction", "0.3")
+    run(
+        "shard",
+        "--input",
+        f"{tmp_path}/photos",
+        "--output",
+        f"{tmp_path}/shards",
+        "--heldout_fraction",
+        "0.3",
+    )
     flags = ["--config", str(config), "--output", f"{tmp_path}/runs", "--name", "killed"]
     flags += ["--data.shards", f"{tmp_path}/shards", "--model.kind", "espcn", "--model.scale", "2"]
     latest = tmp_path / "runs/killed/checkpoints/latest.json"
@@ -105,7 +142,9 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path: Path) -> None:
     reached = json.loads(latest.read_text())["step"]
     assert 0 < reached < 3000
     run("train_teacher", *flags)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/killed/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "runs/killed/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(10, 3001, 10))
     assert (tmp_path / "runs/killed/model/card.json").exists()
 
@@ -124,6 +163,13 @@ def test_refusals_name_what_is_wrong_before_ray_starts(tmp_path: Path) -> None:
     assert "is empty" in run("distill", *flags, *student, expected=2)
     assert "did you mean --num_steps?" in run("distill", *flags, *student, "--num_stepz", "3", expected=2)
     assert "no bundled model 'nothing-x4'" in run(
-        "upscale", "--input", f"{tmp_path}", "--output", f"{tmp_path}/out", "--model", "nothing-x4", expected=2
+        "upscale",
+        "--input",
+        f"{tmp_path}",
+        "--output",
+        f"{tmp_path}/out",
+        "--model",
+        "nothing-x4",
+        expected=2,
     )
     assert not (tmp_path / "runs").exists()

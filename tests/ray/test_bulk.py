@@ -14,11 +14,12 @@ import pytest
 import ray
 import torch
 
-from cluster.bulk import MAX_DEATHS, DeathCount, UpscaleActor, upscale
+from cluster.bulk import MAX_DEATHS, DeathCount, UpscaleActor, _Ledger, upscale
 from kdsr import manifest
 from kdsr.checkpoint import save_model
 from kdsr.config import UpscaleConfig
 from kdsr.errors import RequestError, UnknownModel
+from kdsr.manifest import Status
 from kdsr.models import build_model
 from kdsr.spec import Card, EspcnSpec
 from kdsr.store import open_store
@@ -201,6 +202,23 @@ def test_only_images_in_hand_when_a_worker_dies_are_suspects():
 # ---------------------------------------------------------------- a driver that dies
 
 
+def test_rows_reach_the_ledger_at_once_at_first_and_also_when_the_run_breaks(tmp_path):
+    output = open_store(str(tmp_path))
+    rows = [Status(f"{n:032x}", f"{n}.jpg", f"{n}.jpg", "done") for n in range(5)]
+
+    def break_off():
+        with _Ledger(manifest.Records(output, "run")) as ledger:
+            ledger.add(rows[0])
+            assert status_rows(output) == 1
+            for row in rows[1:]:
+                ledger.add(row)
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        break_off()
+    assert status_rows(output) == 5
+
+
 def job(config, **environment):
     flags = [f"--{name}={getattr(config, name)}" for name in ("input", "output", "model")]
     return subprocess.Popen(
@@ -225,7 +243,7 @@ def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_pa
     source, output = filled(str(tmp_path / "in"), objects), open_store(str(tmp_path / "out"))
     config = UpscaleConfig(input=source.uri, output=output.uri, model=model)
     killed = job(config)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 200
     while not status_rows(output) and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     killed.kill()

@@ -1,0 +1,67 @@
+"""Write docs/results.md from the JSON files in docs/results/, so that no number in it is typed.
+
+    python bench/render_results.py
+
+A file is what jobs/evaluate.py or a script in bench/ wrote. The page has one section for each, in the order
+of their names.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+INTRODUCTION = """# Results
+
+Written by `python bench/render_results.py` from the files in [results/](results). Each section names the
+command, the commit, the machine and the date of its numbers. Speed is comparable within one section only.
+
+`psnr_y` in dB and `ssim_y` on luma, 8-bit outputs, `scale` pixels cut off each side: see [formats](formats.md).
+`gmacs_720p` are 10^9 multiply-adds of the convolutions for a 1280 x 720 output; `megapixels_per_second` are of
+output.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    sections = [section(path) for path in sorted(FOLDER.glob("*.json"))]
+    return "\n".join([INTRODUCTION, *sections])
+
+
+def section(path: Path) -> str:
+    """Title, table, and where the numbers come from."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [{name: cell(name, value) for name, value in row.items()} for row in content["rows"]]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [f"## {content.get('title', path.stem)}", "", *content.get("remarks", [])]
+    lines += [""] * bool(content.get("remarks"))
+    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
+    return "\n".join([*lines, "", source(path, content), ""])
+
+
+def source(path: Path, content: dict[str, Any]) -> str:
+    """The line below a table."""
+    machine = content["machine"]
+    where = machine if isinstance(machine, str) else ", ".join(f"{v}" for v in machine.values())
+    date = content["date"][:10]
+    origin = f"[{path.name}](results/{path.name}), commit `{content['commit']}`, {date}, {where}:"
+    return f"{origin}\n\n```\n{content['command']}\n```"
+
+
+def cell(name: str, value: Any) -> str:
+    """One value as text, with the digits that mean something."""
+    if isinstance(value, dict):
+        return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+    if not isinstance(value, float):
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    digits = {"psnr_y": 2, "ssim_y": 4, "gmacs_720p": 1, "megapixels_per_second": 1}
+    return f"{value:.{digits.get(name, 4)}f}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

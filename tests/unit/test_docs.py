@@ -1,0 +1,73 @@
+"""What README and docs tell a person to type is accepted, and what they point to is there."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from kdsr import config
+from kdsr.cli import parse
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS: dict[str, type[BaseModel]] = {
+    "shard": config.ShardConfig,
+    "train_teacher": config.TeacherTrainingConfig,
+    "label": config.LabelConfig,
+    "distill": config.DistillConfig,
+    "evaluate": config.EvaluateConfig,
+    "upscale": config.UpscaleConfig,
+    "demo": config.DemoConfig,
+}
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(page, job, arguments) of every `python jobs/JOB.py ...` in the pages, continued lines joined."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for job, rest in re.findall(r"python (?:/home/ray/kdsr/)?jobs/(\w+)\.py([^\n`|]*)", text):
+            arguments = shlex.split(rest, comments=True)
+            if arguments and "..." not in rest:
+                found.append((page.name, job, arguments))
+    return found
+
+
+def test_the_pages_show_every_job_but_the_demo() -> None:
+    assert {job for _, job, _ in commands()} >= CONFIGS.keys() - {"demo"}
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == CONFIGS.keys()
+
+
+@pytest.mark.parametrize(("page", "job", "arguments"), commands(), ids=lambda value: str(value)[:40])
+def test_a_command_on_a_page_is_accepted(
+    page: str, job: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    if "--help" not in arguments:
+        parse(CONFIGS[job], arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_on_a_page_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b(?!s)", "".join(_code(page)))) <= targets
+
+
+def _code(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"```.*?```", text, re.DOTALL) + re.findall(r"`[^`\n]+`", text)
+
+
+def test_the_page_of_results_is_what_the_files_say() -> None:
+    render = runpy.run_path(str(ROOT / "bench/render_results.py"))["render"]
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == render()
