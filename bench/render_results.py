@@ -19,9 +19,9 @@ INTRODUCTION = """# Results
 Written by `python bench/render_results.py` from the files in [results/](results). Each section names the
 command, the commit, the machine and the date of its numbers. Speed is comparable within one section only.
 
-`psnr_y` in dB and `ssim_y` on luma, 8-bit outputs, `scale` pixels cut off each side: see [formats](formats.md).
-`gmacs_720p` are 10^9 multiply-adds of the convolutions for a 1280 x 720 output; `megapixels_per_second` are of
-output.
+`psnr_y` in dB and `ssim_y` on luma, 8-bit outputs, `scale` pixels cut off each side: see
+[formats](formats.md). `gmacs_720p` are 10^9 multiply-adds of the convolutions for a 1280 x 720 output;
+`megapixels_per_second` are of output.
 """
 
 

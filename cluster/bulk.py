@@ -4,9 +4,7 @@ list -> manifest -> minus what is done -> one stage of actors that read, upscale
 rows -> ledger -> report. Only tasks and status rows travel through Ray; pixels never leave their actor.
 """
 
-import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -33,8 +31,6 @@ from kdsr.spec import Card
 from kdsr.store import open_store
 from kdsr.upscale import ObjectUpscaler, PixelBudget, Upscaler, compute_threads
 
-READER_CPUS = 1.0
-"""What Ray Data's tasks that list, read and divide the manifest need; without it nothing ever begins."""
 MAX_TASK_ROWS = 16
 """Images that an actor is given at once: what is redone when it dies, and how often progress is heard of."""
 EXTRA_IMAGES = 2
@@ -120,7 +116,8 @@ class Tally:
 def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally: Tally) -> None:
     """Do what is pending; every row that arrives reaches the ledger, whatever ends the run."""
     session.connect(config.cluster)
-    _leave_terminal_to_our_bar()
+    session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
+    session.leave_terminal_to_our_bar()
     try:
         with _Ledger(records) as ledger, _bar(plan) as bar:
             for status in _statuses(config, card, records, plan):
@@ -188,7 +185,6 @@ def _last_line(error: Exception) -> str:
 def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -> Iterator[Status]:
     """Status rows in the order in which tasks finish."""
     cluster = config.cluster
-    shape = _actor_shape(config)
     filesystem, root = open_store(config.output, config.store).arrow()
     tasks = ray.data.read_parquet(f"{root}/{records.pending_key}", filesystem=filesystem)
     # An actor answers a whole block at a time, and the blocks are spread over the actors.
@@ -198,7 +194,7 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
         fn_constructor_kwargs={
             "config": config,
             "model_sha256": card.sha256,
-            "num_threads": shape.num_threads,
+            "num_threads": session.worker_threads(cluster),
             "deaths": ray.remote(num_cpus=0, max_restarts=-1)(DeathCount).remote(),
         },
         batch_size=rows,
@@ -207,56 +203,11 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
         compute=ray.data.ActorPoolStrategy(
             size=cluster.num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
-        num_cpus=shape.cpus,
+        num_cpus=session.worker_cpus(cluster),
         num_gpus=1 if cluster.use_gpu else 0,
     )
     for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from manifest.table_to_statuses(batch)
-
-
-@dataclass(frozen=True)
-class _ActorShape:
-    """What one actor takes of the cluster."""
-
-    cpus: float
-    """CPUs that Ray reserves."""
-    num_threads: int
-    """Cores that its network keeps busy. Reading needs its reserved CPU for moments only."""
-
-
-def _actor_shape(config: UpscaleConfig) -> _ActorShape:
-    """As asked, or the cluster's CPUs divided. Raises RequestError when reading would be starved."""
-    workers, asked = config.cluster.num_workers, config.cluster.cpus_per_worker
-    total = ray.cluster_resources().get("CPU", 0.0)
-    share = asked if asked is not None else math.floor(100 * (total - READER_CPUS) / workers) / 100
-    if share <= 0 or share * workers > total - READER_CPUS:
-        raise RequestError(
-            f"cluster.num_workers {workers} with {share:g} CPUs each and {READER_CPUS:g} for reading are "
-            f"more than the {total:g} CPUs of this cluster; ask for fewer workers, set "
-            f"cluster.cpus_per_worker lower, or join a larger cluster with cluster.address"
-        )
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if config.cluster.use_gpu and gpus < workers:
-        raise RequestError(
-            f"cluster.use_gpu with cluster.num_workers {workers} needs as many GPUs, and this cluster has "
-            f"{gpus:g}; ask for fewer workers or leave out cluster.use_gpu"
-        )
-    # Ray reserves whole CPUs once an actor wants more than one.
-    return _ActorShape(
-        cpus=float(math.floor(share)) if share >= 1 else share,
-        num_threads=math.ceil(asked) if asked is not None else max(1, int(total / workers)),
-    )
-
-
-def _leave_terminal_to_our_bar() -> None:
-    """Ray Data's own progress and plans go to its log file only."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
-
-
-# ---------------------------------------------------------------- workers
 
 
 class DeathCount:
@@ -292,7 +243,7 @@ class UpscaleActor:
         if loaded.card.sha256 != model_sha256:
             raise CheckpointCorrupt(f"{config.model} is another model here than where the run was started")
         use_gpu = config.cluster.use_gpu
-        num_threads = 1 if use_gpu else min(num_threads, len(os.sched_getaffinity(0)))
+        num_threads = 1 if use_gpu else min(num_threads, session.cores())
         engine = Engine(loaded.model, device="cuda" if use_gpu else "cpu")
         self._objects = ObjectUpscaler(
             source=open_store(config.input, config.store),

@@ -10,10 +10,10 @@ from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from cluster import session
-from kdsr.checkpoint import load_model, require_teacher_spec
+from kdsr.checkpoint import is_imported, load_model, require_teacher_spec
 from kdsr.config import LabelConfig
 from kdsr.engine import Engine
-from kdsr.label import label_shard, labelled_index
+from kdsr.label import label_shard, labelled_index, withdraw_index
 from kdsr.shards import read_index, write_index
 from kdsr.spec import ShardEntry, ShardIndex
 from kdsr.store import open_store
@@ -28,23 +28,25 @@ def label(config: LabelConfig) -> ShardIndex:
     index = read_index(open_store(config.shards, config.store))
     teacher = load_model(config.teacher.uri, config.store)
     require_teacher_spec(teacher.card, scale=teacher.card.spec.scale, channels=3)
-    require_better_than_bicubic(teacher)
+    if is_imported(teacher.card):
+        require_better_than_bicubic(teacher)
     session.connect(config.cluster)
-    session.require_capacity(config.cluster)
+    session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
     session.leave_terminal_to_our_bar()
+    target = open_store(config.output, config.store)
+    withdraw_index(index, target, teacher_sha256=teacher.card.sha256)
     entries = dict(_entries(config, index, teacher.card.sha256))
     labelled = labelled_index(index, [entries[entry.key] for entry in index.shards], teacher.card)
-    write_index(open_store(config.output, config.store), labelled)
+    write_index(target, labelled)
     return labelled
 
 
 class _Labeller:
     """One actor: a teacher that waits for shards."""
 
-    def __init__(self, config: LabelConfig, teacher_sha256: str) -> None:
+    def __init__(self, config: LabelConfig, teacher_sha256: str, num_threads: int) -> None:
         self.config, self.teacher_sha256 = config, teacher_sha256
-        threads = session.worker_threads(config.cluster, workers_on_node=config.cluster.num_workers)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(num_threads, session.cores()))
         model = load_model(config.teacher.uri, config.store).model
         device = "cuda" if config.cluster.use_gpu else "cpu"
         self.upscaler = Upscaler(Engine(model, device=device, precision=config.precision))
@@ -65,7 +67,7 @@ def _entries(config: LabelConfig, index: ShardIndex, teacher_sha256: str) -> Ite
     plan = ray.data.from_items([{"entry": entry.model_dump_json()} for entry in index.shards])
     labelled = plan.repartition(len(index.shards)).map(
         _Labeller,
-        fn_constructor_args=(config, teacher_sha256),
+        fn_constructor_args=(config, teacher_sha256, session.worker_threads(config.cluster)),
         compute=ActorPoolStrategy(size=config.cluster.num_workers),
         num_cpus=session.worker_cpus(config.cluster),
         num_gpus=1 if config.cluster.use_gpu else 0,

@@ -14,6 +14,9 @@ from kdsr.errors import RequestError
 # Ray's own default is 30 % of the memory; encoded bytes and status rows need far less.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
+READER_CPUS = 1.0
+"""What Ray Data's tasks that list, read and divide rows need; without it nothing ever begins."""
+
 
 def connect(config: ClusterConfig) -> None:
     """Connect once for this process; a second call is free.
@@ -51,41 +54,49 @@ def logical_cpus() -> int:
     A pool of actors that took every announced CPU would leave none for the tasks that feed it, and the job
     would wait for ever.
     """
-    return _cores() + 1
+    return cores() + 1
 
 
 def worker_cpus(config: ClusterConfig) -> float:
     """CPU share of one worker: as asked, or an equal part of the cluster less one CPU for reading."""
     if config.cpus_per_worker is not None:
         return config.cpus_per_worker
-    share = max(1.0, ray.cluster_resources().get("CPU", 2.0) - 1) / config.num_workers
+    total = ray.cluster_resources().get("CPU", 2.0)
+    share = max(1.0, total - READER_CPUS) / config.num_workers
     return float(int(share)) if share >= 1 else math.floor(100 * share) / 100
 
 
-def worker_threads(config: ClusterConfig, *, workers_on_node: int) -> int:
-    """Threads that one worker computes with: the CPU share that was asked for, or its part of the node."""
+def worker_threads(config: ClusterConfig) -> int:
+    """Threads that one worker computes with: what was asked, or an equal part of the cluster's CPUs.
+
+    For the driver to ask; a worker takes no more than its machine has. Reading needs its reserved CPU for
+    moments only, so it is not left out here.
+    """
     if config.cpus_per_worker is not None:
-        return max(1, int(config.cpus_per_worker))
-    return max(1, _cores() // workers_on_node)
+        return math.ceil(config.cpus_per_worker)
+    return max(1, int(ray.cluster_resources().get("CPU", 1.0) / config.num_workers))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def require_capacity(config: ClusterConfig) -> None:
-    """Raise RequestError when the cluster can never run the workers that were asked for beside one reader."""
+def require_capacity(config: ClusterConfig, *, reader_cpus: float = 0.0) -> None:
+    """Raise RequestError when the cluster can never run the workers that were asked for.
+
+    `reader_cpus` are what tasks that feed the workers need beside them; without it they would wait for ever.
+    """
     limits = _limits()
-    needed = {
-        "CPU": worker_cpus(config) * config.num_workers,
-        "GPU": float(config.use_gpu) * config.num_workers,
-    }
+    limits["CPU"] = limits.get("CPU", 0.0) - reader_cpus
+    workers = config.num_workers
+    needed = {"CPU": worker_cpus(config) * workers, "GPU": float(config.use_gpu) * workers}
     for resource, amount in needed.items():
         if amount > limits.get(resource, 0.0) + 1e-6:
             raise RequestError(
-                f"cluster.num_workers {config.num_workers} need {amount:g} {resource}, and this cluster has "
-                f"{limits.get(resource, 0.0):g}; ask for fewer workers, set cluster.cpus_per_worker lower, "
-                f"or join a larger cluster with cluster.address"
+                f"cluster.num_workers {workers} need {amount:g} {resource}, and this cluster has "
+                f"{limits.get(resource, 0.0):g} for them; ask for fewer workers, set "
+                f"cluster.cpus_per_worker lower, or join a larger cluster with cluster.address"
             )
 
 
@@ -110,4 +121,5 @@ def _set_defaults() -> None:
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     # Workers would change into Ray's own folder, and relative paths of the job would no longer hold.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray Data makes Ray's core print an error line that means nothing at every start.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

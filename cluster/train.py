@@ -65,6 +65,7 @@ def _trainer(config: RunConfig) -> TorchTrainer:
             "kind": type(config).__name__,
             "config": config.model_dump(mode="json"),
             "command": provenance.command(),
+            "num_threads": session.worker_threads(cluster),
         },
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
@@ -84,9 +85,7 @@ def _work(arguments: dict[str, Any]) -> None:
     """What one worker does."""
     config = KINDS[arguments["kind"]].model_validate(arguments["config"])
     context = ray.train.get_context()
-    torch.set_num_threads(
-        session.worker_threads(config.cluster, workers_on_node=context.get_local_world_size())
-    )
+    torch.set_num_threads(min(arguments["num_threads"], session.cores()))
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),

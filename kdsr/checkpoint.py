@@ -6,6 +6,7 @@ A model directory is `model.safetensors` and, written after it, `card.json`. Not
 import hashlib
 import io
 import json
+import pickle  # for the name of an error only
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,13 @@ class StateStore:
         if entry is None:
             return None
         data = _get_checked(self.store, entry["key"], sha256=entry["sha256"])
-        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError):
+            raise CheckpointCorrupt(
+                f"{self.store.uri}/{entry['key']}: not a training state of plain tensors; delete the run and "
+                f"train it again"
+            ) from None
         return state
 
     def step(self, pointer: str) -> int | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from kdsr import codecs, shards
 from kdsr.config import BicubicDegradation
 from kdsr.degrade import build_degradation
+from kdsr.errors import RequestError
 from kdsr.shards import Row
 from kdsr.spec import Card, Frozen, ShardEntry, ShardIndex, TeacherRef
 from kdsr.store import Store
@@ -43,6 +44,19 @@ def label_shard(
     note = LabelledShard(source_sha256=entry.sha256, teacher_sha256=teacher_sha256, entry=written)
     target.put(_note_key(entry), note.model_dump_json(indent=1).encode())
     return written
+
+
+def withdraw_index(index: ShardIndex, target: Store, *, teacher_sha256: str) -> None:
+    """Let the set at `target` not exist while shards of it are missing, or are another teacher's.
+
+    Raises RequestError when there is a set without labels: shards of jobs/shard.py are not overwritten.
+    """
+    if not target.exists(shards.INDEX_KEY):
+        return
+    if shards.read_index(target).teacher is None:
+        raise RequestError(f"{target.uri} holds shards without labels; choose another output")
+    if any(_done(target, entry, teacher_sha256) is None for entry in index.shards):
+        target.delete(shards.INDEX_KEY)
 
 
 def labelled_index(index: ShardIndex, entries: list[ShardEntry], card: Card) -> ShardIndex:

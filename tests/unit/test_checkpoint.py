@@ -1,0 +1,279 @@
+"""What is stored comes back exactly or is refused, and what is half written does not exist."""
+
+import io
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+
+from kdsr import checkpoint
+from kdsr.checkpoint import (
+    StateStore,
+    bundled_names,
+    is_imported,
+    load_card,
+    load_model,
+    require_teacher_spec,
+    save_model,
+)
+from kdsr.errors import CheckpointCorrupt, RequestError, StoreError, UnknownModel
+from kdsr.models import MODELS, build_model, fold, num_parameters
+from kdsr.spec import Card, EdsrSpec, EspcnSpec, ImportedSpec, RepChainSpec, TeacherRef
+from kdsr.store import open_store
+
+SMALL = {
+    "edsr": {"num_features": 8, "num_blocks": 1},
+    "rep_chain": {"num_features": 8, "num_layers": 3},
+    "fsrcnn": {"num_features": 8, "num_shrunk_features": 4, "num_mapping_layers": 1},
+    "espcn": {"num_features": 8},
+    "bicubic": {},
+}
+SPECS = [kind(scale=2, **SMALL[kind.model_fields["kind"].default]) for kind in MODELS]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(f"file://{tmp_path}/model")
+
+
+def net(spec, seed=0):
+    torch.manual_seed(seed)
+    model = build_model(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def card_of(model, **fields):
+    return Card(**{"name": "test", "spec": model.spec, "num_parameters": 0, "sha256": "", **fields})
+
+
+class Breaking:
+    """A store that fails instead of the write that `breaks`."""
+
+    def __init__(self, store, breaks):
+        self.store, self.breaks = store, breaks
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def put(self, key, data):
+        if self.breaks(key):
+            raise StoreError(f"no more writes: {key}")
+        return self.store.put(key, data)
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_a_model_comes_back_bit_for_bit_and_ready_to_run(store, spec):
+    model = net(spec)
+    save_model(store, model, card_of(model))
+    loaded = load_model(store.uri)
+    assert loaded.model.spec == spec and not loaded.model.training
+    expected, found = model.state_dict(), loaded.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_weights_in_channels_last_come_back_the_same(store):
+    model = net(EdsrSpec(scale=2, num_features=8, num_blocks=1)).to(memory_format=torch.channels_last)
+    save_model(store, model, card_of(model))
+    found = load_model(store.uri).model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_card_says_what_the_weights_are_and_keeps_what_it_was_told(store):
+    model = fold(net(RepChainSpec(scale=4, num_features=8, num_layers=3)))
+    teacher = TeacherRef(name="big", sha256="ab" * 32, licence="MIT")
+    told = {"teacher": teacher, "data": ["photos (CC0)"], "licence": "Apache-2.0", "num_steps": 7}
+    told |= {"command": "python jobs/distill.py", "commit": "abc", "metrics": {"heldout_psnr_y": 30.5}}
+    card = save_model(store, model, card_of(model, name="photo-x4", **told))
+    assert load_card(store.uri) == load_model(store.uri).card == card
+    assert card.spec.folded and card.num_parameters == num_parameters(model)
+    assert card.sha256 == checkpoint._digest(store.get("model.safetensors"))
+    for name, value in told.items():
+        assert getattr(card, name) == value
+    assert json.loads(store.get("card.json"))["teacher"]["licence"] == "MIT"
+
+
+def test_weights_are_safetensors(store):
+    model = net(EspcnSpec(scale=2, num_features=8))
+    save_model(store, model, card_of(model))
+    assert load_safetensors(store.get("model.safetensors")).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("change", ["flipped", "short", "other"])
+def test_weights_that_are_not_those_of_the_card_are_refused(store, change):
+    model = net(EspcnSpec(scale=2, num_features=8))
+    card = save_model(store, model, card_of(model))
+    data = bytearray(store.get("model.safetensors"))
+    data[-1] ^= 1
+    changed = {"flipped": bytes(data), "short": bytes(data[:-8]), "other": b""}[change]
+    store.put("model.safetensors", changed)
+    with pytest.raises(CheckpointCorrupt, match=rf"expected sha256 {card.sha256[:12]}, found .*train it again"):
+        load_model(store.uri)
+
+
+def test_missing_weights_are_refused(store):
+    model = net(EspcnSpec(scale=2, num_features=8))
+    save_model(store, model, card_of(model))
+    store.delete("model.safetensors")
+    with pytest.raises(CheckpointCorrupt, match=r"model\.safetensors is not there"):
+        load_model(store.uri)
+
+
+def test_weights_of_another_spec_are_refused(store):
+    model = net(EspcnSpec(scale=2, num_features=8))
+    card = save_model(store, model, card_of(model))
+    wider = card.model_copy(update={"spec": EspcnSpec(scale=2, num_features=12)})
+    store.put("card.json", wider.model_dump_json().encode())
+    with pytest.raises(CheckpointCorrupt, match="the weights do not fit their card"):
+        load_model(store.uri)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"name": "x"}'])
+def test_a_card_that_is_none_is_refused(store, content):
+    store.put("card.json", content)
+    with pytest.raises(CheckpointCorrupt, match=r"card\.json is not a model card"):
+        load_model(store.uri)
+
+
+def test_a_card_of_an_imported_network_asks_for_its_file(store):
+    spec = ImportedSpec(scale=2, architecture="SPAN")
+    card = Card(name="x", spec=spec, num_parameters=1, sha256="00")
+    store.put("card.json", card.model_dump_json().encode())
+    assert is_imported(card)
+    with pytest.raises(CheckpointCorrupt, match="give its own file instead"):
+        load_model(store.uri)
+
+
+@pytest.mark.parametrize("breaks_at", ["model.safetensors", "card.json"])
+def test_a_model_that_is_half_written_does_not_exist(store, breaks_at):
+    old, new = (net(EspcnSpec(scale=2, num_features=8), seed) for seed in (0, 1))
+    save_model(store, old, card_of(old))
+    with pytest.raises(StoreError, match="no more writes"):
+        save_model(Breaking(store, lambda key: key == breaks_at), new, card_of(new))
+    with pytest.raises(UnknownModel):
+        load_model(store.uri)
+    save_model(store, new, card_of(new))
+    assert load_model(store.uri).card.num_parameters > 0
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """Two models that come with kdsr, and a file that is none."""
+    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path)
+    for name in ("photo-x4", "edsr-small-x4"):
+        model = net(EspcnSpec(scale=4, num_features=8))
+        save_model(open_store(f"file://{tmp_path}/{name}"), model, card_of(model, name=name))
+    (tmp_path / "fixture.png").write_bytes(b"")
+    (tmp_path / "unfinished").mkdir()
+
+
+def test_a_bundled_model_is_known_by_its_name(bundle):
+    assert bundled_names() == ["edsr-small-x4", "photo-x4"]
+    assert load_model("photo-x4").card.name == load_card("photo-x4").name == "photo-x4"
+
+
+@pytest.mark.parametrize("reference", ["photo-x5", "unfinished", "file:///nowhere/model"])
+def test_an_unknown_model_is_answered_with_those_there_are(bundle, reference):
+    for load in (load_model, load_card):
+        with pytest.raises(UnknownModel, match=rf"{reference}.*one of: edsr-small-x4, photo-x4$"):
+            load(reference)
+
+
+def test_a_teacher_of_another_scale_or_other_channels_is_refused():
+    card = card_of(net(EspcnSpec(scale=4, num_features=8)), name="big")
+    require_teacher_spec(card, scale=4, channels=3)
+    with pytest.raises(RequestError, match="teacher big: the student has scale 2, the teacher 4"):
+        require_teacher_spec(card, scale=2, channels=3)
+    with pytest.raises(RequestError, match="teacher big: the student has channels 1, the teacher 3"):
+        require_teacher_spec(card, scale=4, channels=1)
+
+
+# ---------------------------------------------------------------- training states
+
+
+@pytest.fixture
+def states(tmp_path):
+    return StateStore(open_store(f"file://{tmp_path}/run"))
+
+
+def state_of(step):
+    return {"model": {"w": torch.full((3,), float(step))}, "step": step, "cursor": [0, 0, step]}
+
+
+def kept(states):
+    return sorted(info.key for info in states.store.list("checkpoints/"))
+
+
+def test_a_run_without_a_state_has_none(states):
+    assert states.load("latest") is None and states.step("latest") is None
+
+
+def test_only_the_latest_and_the_best_state_are_kept(states):
+    states.save(state_of(1), step=1, pointers=("latest",))
+    states.save(state_of(2), step=2, pointers=("best", "latest"))
+    for step in (3, 4):
+        states.save(state_of(step), step=step, pointers=("latest",))
+    pointers = ["checkpoints/best.json", "checkpoints/latest.json"]
+    assert kept(states) == sorted(["checkpoints/000000002.pt", "checkpoints/000000004.pt", *pointers])
+    assert (states.step("best"), states.step("latest")) == (2, 4)
+    assert torch.equal(states.load("best")["model"]["w"], torch.full((3,), 2.0))
+    assert states.load("latest")["cursor"] == [0, 0, 4]
+    states.save(state_of(5), step=5, pointers=("best", "latest"))
+    assert kept(states) == sorted(["checkpoints/000000005.pt", *pointers])
+
+
+@pytest.mark.parametrize("breaks_at", [".pt", "latest.json"])
+def test_a_crash_between_state_and_pointer_leaves_the_state_before(states, breaks_at):
+    states.save(state_of(1), step=1, pointers=("latest",))
+    broken = StateStore(Breaking(states.store, lambda key: key.endswith(breaks_at)))
+    with pytest.raises(StoreError):
+        broken.save(state_of(2), step=2, pointers=("latest",))
+    assert states.step("latest") == states.load("latest")["step"] == 1
+    states.save(state_of(3), step=3, pointers=("latest",))
+    assert kept(states) == ["checkpoints/000000003.pt", "checkpoints/latest.json"]
+
+
+@pytest.mark.parametrize("change", ["flipped", "short"])
+def test_a_state_that_changed_is_refused(states, change):
+    states.save(state_of(1), step=1, pointers=("latest",))
+    key = "checkpoints/000000001.pt"
+    data = bytearray(states.store.get(key))
+    data[len(data) // 2] ^= 1
+    states.store.put(key, bytes(data) if change == "flipped" else bytes(data[:-10]))
+    with pytest.raises(CheckpointCorrupt, match=r"000000001\.pt: expected sha256"):
+        states.load("latest")
+
+
+def test_a_state_that_is_gone_is_refused(states):
+    states.save(state_of(1), step=1, pointers=("latest",))
+    states.store.delete("checkpoints/000000001.pt")
+    with pytest.raises(CheckpointCorrupt, match=r"000000001\.pt is not there"):
+        states.load("latest")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_code_in_a_state_is_never_run(states, tmp_path):
+    """Even with a pointer that vouches for it."""
+    buffer = io.BytesIO()
+    torch.save({"model": Payload(tmp_path / "ran")}, buffer)
+    states.store.put("checkpoints/000000001.pt", buffer.getvalue())
+    entry = {"step": 1, "key": "checkpoints/000000001.pt", "sha256": checkpoint._digest(buffer.getvalue())}
+    states.store.put("checkpoints/latest.json", json.dumps(entry).encode())
+    with pytest.raises(CheckpointCorrupt, match=r"000000001\.pt: not a training state"):
+        states.load("latest")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,161 @@
+"""Held-out pairs, their PSNR, and the teacher that must beat bicubic."""
+
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+from kdsr import codecs
+from kdsr.benchmark import Pair
+from kdsr.checkpoint import LoadedModel
+from kdsr.config import BicubicDegradation, JpegStep, RealWorldDegradation
+from kdsr.degrade import bicubic_lr, build_degradation
+from kdsr.engine import Engine
+from kdsr.errors import RequestError
+from kdsr.image import Image
+from kdsr.metrics import psnr_y
+from kdsr.models import build_model
+from kdsr.models.contract import SrModel
+from kdsr.spec import BicubicSpec, Card, EdsrSpec, EspcnSpec
+from kdsr.store import open_store
+from kdsr.upscale import Upscaler
+from kdsr.validation import heldout_pairs, make_pair, mean_psnr_y, require_better_than_bicubic
+from tests.pictures import photograph
+from tests.small_shards import row, write_set
+
+BICUBIC = build_degradation(BicubicDegradation(), 2)
+
+
+def pair_of(pixels, *, degrade=BICUBIC, scale=2, channels=3, seed=0):
+    return make_pair("a", pixels, degrade=degrade, scale=scale, channels=channels, seed=seed)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_pair_is_hr_cut_to_the_scale_and_its_lr(scale):
+    photo = photograph(0, height=50, width=67)
+    pair = pair_of(photo, degrade=build_degradation(BicubicDegradation(), scale), scale=scale)
+    height, width = 50 // scale * scale, 67 // scale * scale
+    assert np.array_equal(pair.hr.pixels, photo[:height, :width])
+    hr = torch.from_numpy(photo[:height, :width].copy()).permute(2, 0, 1)[None] / 255
+    expected = (bicubic_lr(hr, scale)[0].permute(1, 2, 0) * 255).round().numpy()
+    assert np.array_equal(pair.lr.pixels, expected)
+
+
+def test_a_grey_pair_is_grey_on_both_sides():
+    pair = pair_of(photograph(0, height=40, width=40), channels=1)
+    assert pair.lr.pixels.shape == (20, 20, 1)
+    assert pair.hr.pixels.shape == (40, 40, 3) and (np.ptp(pair.hr.pixels, axis=2) == 0).all()
+
+
+def test_a_random_degradation_depends_on_the_seed_alone():
+    degrade = build_degradation(RealWorldDegradation(steps=(), lr_steps=(JpegStep(quality=(5, 90)),)), 2)
+    photo = photograph(0, height=40, width=40)
+    one, again, other = (pair_of(photo, degrade=degrade, seed=seed).lr.pixels for seed in (1, 1, 2))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+def test_pairs_are_the_first_held_out_rows_of_the_index_and_no_others(tmp_path):
+    store = open_store(f"file://{tmp_path}")
+    rows = [row(f"{i}", photograph(i, height=24, width=28), heldout=i in {1, 2, 5, 6}) for i in range(8)]
+    index = write_set(store, [rows[:4], rows[4:5], rows[5:]])
+
+    def names(limit):
+        pairs = heldout_pairs(store, index, degrade=BICUBIC, scale=2, channels=3, limit=limit)
+        assert all(pair.lr.pixels.shape == (12, 14, 3) for pair in pairs)
+        return [pair.name for pair in pairs]
+
+    assert names(3) == ["1", "2", "5"]
+    assert names(100) == ["1", "2", "5", "6"]
+
+
+def test_the_mean_is_over_images_and_leaves_the_border_out():
+    hr = np.full((20, 20, 3), 100, np.uint8)
+    near, far = hr + 2, hr + 9
+    near[:4] = far[:, -4:] = 0
+    pairs = [Pair(name, Image(hr), Image(hr)) for name in ("near", "far")]
+    outputs = iter([Image(near), Image(far)])
+    expected = np.mean([psnr_y(sr, hr, 4) for sr in (near, far)])
+    assert mean_psnr_y(lambda _: next(outputs), pairs, border=4) == pytest.approx(expected)
+    assert expected > 30
+
+
+def test_bicubic_measures_as_in_an_evaluation():
+    pair = pair_of(photograph(3, height=64, width=64))
+    upscaler = Upscaler(Engine(build_model(BicubicSpec(scale=2))))
+    sr = upscaler.upscale(pair.lr).pixels
+    assert mean_psnr_y(upscaler.upscale, [pair], border=2) == pytest.approx(
+        psnr_y(sr, pair.hr.pixels, 2)
+    )
+
+
+# ---------------------------------------------------------------- teachers
+
+
+def loaded(model):
+    return LoadedModel(model.eval(), Card(name="public", spec=model.spec, num_parameters=0, sha256=""))
+
+
+class Shifted(SrModel):
+    """Bicubic whose output is moved away from the truth."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.spec = EspcnSpec(scale=4)
+        self.inner, self.factor = build_model(BicubicSpec(scale=4)), factor
+
+    @property
+    def receptive_radius(self):
+        return self.inner.receptive_radius
+
+    def forward(self, lr):
+        return self.inner(lr) * self.factor
+
+
+def fixture_photo():
+    return codecs.decode_png(resources.files("kdsr").joinpath("weights/fixture.png").read_bytes())
+
+
+def test_the_photograph_that_teachers_are_tried_on_comes_with_kdsr():
+    photo = fixture_photo()
+    assert photo.ndim == 3 and photo.shape[2] == 3 and min(photo.shape[:2]) >= 96
+    assert all(side % 12 == 0 for side in photo.shape[:2])
+
+
+@pytest.mark.parametrize("factor", [255, 0.5, 1.0])
+def test_a_teacher_of_another_range_or_no_better_than_bicubic_is_refused(factor):
+    with pytest.raises(RequestError, match=r"teacher public: expected at least 1 dB over bicubic \(\d+\.\d+ dB"):
+        require_better_than_bicubic(loaded(Shifted(factor)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_that_learned_nothing_is_refused(channels):
+    torch.manual_seed(0)
+    model = build_model(EdsrSpec(scale=2, channels=channels, num_features=4, num_blocks=1))
+    with pytest.raises(RequestError, match="value range is probably not 0..1"):
+        require_better_than_bicubic(loaded(model))
+
+
+class Knowing(SrModel):
+    """Knows the photograph by heart, but for a share of bicubic's error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.spec = EspcnSpec(scale=2)
+        self.inner, self.error = build_model(BicubicSpec(scale=2)), error
+
+    @property
+    def receptive_radius(self):
+        return 10_000  # so that the photograph is one tile
+
+    def forward(self, lr):
+        sr = self.inner(lr)
+        photo = torch.from_numpy(fixture_photo()).permute(2, 0, 1)[None] / 255
+        return photo + self.error * (sr - photo) if sr.shape == photo.shape else sr
+
+
+def test_one_decibel_over_bicubic_is_what_it_takes():
+    """A decibel is 0.891 of the error."""
+    require_better_than_bicubic(loaded(Knowing(0.87)))
+    with pytest.raises(RequestError, match="expected at least 1 dB"):
+        require_better_than_bicubic(loaded(Knowing(0.92)))
