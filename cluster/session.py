@@ -121,5 +121,3 @@ def _set_defaults() -> None:
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     # Workers would change into Ray's own folder, and relative paths of the job would no longer hold.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # Ray Data makes Ray's core print an error line that means nothing at every start.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

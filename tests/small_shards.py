@@ -30,7 +30,11 @@ def row(key: str, pixels: np.ndarray, *, heldout: bool = False, teacher_sr: np.n
 
 
 def write_set(
-    store: Store, shards: Sequence[Sequence[Row]], *, teacher: TeacherRef | None = None, row_group_bytes: int = 1
+    store: Store,
+    shards: Sequence[Sequence[Row]],
+    *,
+    teacher: TeacherRef | None = None,
+    row_group_bytes: int = 1,
 ) -> ShardIndex:
     """A complete set at `store`, one shard for each list of rows; every row is a row group unless told."""
     entries = [

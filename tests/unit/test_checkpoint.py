@@ -115,7 +115,9 @@ def test_weights_that_are_not_those_of_the_card_are_refused(store, change):
     data[-1] ^= 1
     changed = {"flipped": bytes(data), "short": bytes(data[:-8]), "other": b""}[change]
     store.put("model.safetensors", changed)
-    with pytest.raises(CheckpointCorrupt, match=rf"expected sha256 {card.sha256[:12]}, found .*train it again"):
+    with pytest.raises(
+        CheckpointCorrupt, match=rf"expected sha256 {card.sha256[:12]}, found .*train it again"
+    ):
         load_model(store.uri)
 
 

@@ -40,9 +40,7 @@ def objective_of(state):
 
 def run(state, *, until_step, pairs=None, objective=None, autocast=None):
     pairs = pairs or batches(state.cursor)
-    return list(
-        fit(state, objective or objective_of(state), pairs, until_step=until_step, autocast=autocast)
-    )
+    return list(fit(state, objective or objective_of(state), pairs, until_step=until_step, autocast=autocast))
 
 
 def weights(model):

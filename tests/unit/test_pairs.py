@@ -23,7 +23,16 @@ from tests.small_shards import row, write_set
 CPU = torch.device("cpu")
 SCALE = 2
 # With patches of 8 LR pixels and no context, 16 x 16 HR pixels are needed.
-SIZES = {0: (20, 24), 1: (16, 16), 2: (30, 17), 3: (15, 60), 4: (40, 40), 5: (22, 22), 6: (17, 17), 7: (64, 15)}
+SIZES = {
+    0: (20, 24),
+    1: (16, 16),
+    2: (30, 17),
+    3: (15, 60),
+    4: (40, 40),
+    5: (22, 22),
+    6: (17, 17),
+    7: (64, 15),
+}
 TOO_SMALL, HELDOUT = {3, 7}, {4}
 TRAINED = SIZES.keys() - TOO_SMALL - HELDOUT
 
@@ -117,9 +126,7 @@ def test_the_ranks_together_read_what_one_reads_from_any_cursor(
     alone = reader_of(place, batch_size=batch_size, window_rows=window_rows)
     whole = take(alone, start + 3)
     cursor = whole[start - 1].cursor if start else Cursor()
-    ranks = [
-        take(replace(alone, rank=rank, world_size=world_size), 3, cursor) for rank in range(world_size)
-    ]
+    ranks = [take(replace(alone, rank=rank, world_size=world_size), 3, cursor) for rank in range(world_size)]
     for expected, *parts in zip(whole[start:], *ranks, strict=True):
         assert {part.cursor for part in parts} == {expected.cursor}
         for rank, part in enumerate(parts):
@@ -221,9 +228,10 @@ def test_flips_and_turns_are_the_same_for_hr_and_teacher(tmp_path, size):
     batch = take(reader, 1)[0]
     assert np.array_equal(batch.teacher_sr, 255 - batch.hr)
     # Directions in which y and x grow tell the orientation.
-    steps = np.diff(batch.hr[:, :2, :2, 1:].astype(int), axis=1)[:, 0, 0], np.diff(
-        batch.hr[:, :2, :2, 1:].astype(int), axis=2
-    )[:, 0, 0]
+    steps = (
+        np.diff(batch.hr[:, :2, :2, 1:].astype(int), axis=1)[:, 0, 0],
+        np.diff(batch.hr[:, :2, :2, 1:].astype(int), axis=2)[:, 0, 0],
+    )
     assert len({tuple(down) + tuple(right) for down, right in zip(*steps, strict=True)}) == 8
     pair = pair_maker(SCALE, 2)(batch)
     assert torch.allclose(pair.teacher_sr, 1 - pair.hr, atol=1e-6)

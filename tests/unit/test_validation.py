@@ -84,9 +84,7 @@ def test_bicubic_measures_as_in_an_evaluation():
     pair = pair_of(photograph(3, height=64, width=64))
     upscaler = Upscaler(Engine(build_model(BicubicSpec(scale=2))))
     sr = upscaler.upscale(pair.lr).pixels
-    assert mean_psnr_y(upscaler.upscale, [pair], border=2) == pytest.approx(
-        psnr_y(sr, pair.hr.pixels, 2)
-    )
+    assert mean_psnr_y(upscaler.upscale, [pair], border=2) == pytest.approx(psnr_y(sr, pair.hr.pixels, 2))
 
 
 # ---------------------------------------------------------------- teachers
@@ -113,7 +111,7 @@ class Shifted(SrModel):
 
 
 def fixture_photo():
-    return codecs.decode_png(resources.files("kdsr").joinpath("weights/fixture.png").read_bytes())
+    return codecs.decode_png(resources.files("kdsr").joinpath("weights/fixture.png").read_bytes()).copy()
 
 
 def test_the_photograph_that_teachers_are_tried_on_comes_with_kdsr():
@@ -124,7 +122,9 @@ def test_the_photograph_that_teachers_are_tried_on_comes_with_kdsr():
 
 @pytest.mark.parametrize("factor", [255, 0.5, 1.0])
 def test_a_teacher_of_another_range_or_no_better_than_bicubic_is_refused(factor):
-    with pytest.raises(RequestError, match=r"teacher public: expected at least 1 dB over bicubic \(\d+\.\d+ dB"):
+    with pytest.raises(
+        RequestError, match=r"teacher public: expected at least 1 dB over bicubic \(\d+\.\d+ dB"
+    ):
         require_better_than_bicubic(loaded(Shifted(factor)))
 
 

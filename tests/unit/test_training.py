@@ -1,0 +1,479 @@
+"""A whole run on one worker: what it leaves, how it goes on, and what it refuses before it begins."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kdsr.checkpoint import StateStore, load_model, save_model
+from kdsr.config import (
+    ClusterConfig,
+    DataConfig,
+    DistillConfig,
+    OptimizerConfig,
+    OutputTerm,
+    PixelTerm,
+    RealWorldDegradation,
+    TeacherConfig,
+    TeacherTrainingConfig,
+)
+from kdsr.degrade import bicubic_lr
+from kdsr.errors import NonFiniteLoss, RequestError
+from kdsr.models import build_model, fold
+from kdsr.spec import Card, EdsrSpec, EspcnSpec, FsrcnnSpec, RepChainSpec, TeacherRef
+from kdsr.store import open_store
+from kdsr.training import Worker, autocast_type, check, exported_card, train
+from tests.pictures import photograph
+from tests.small_shards import row, write_set
+
+CPU = torch.device("cpu")
+STUDENT = RepChainSpec(scale=2, num_features=4, num_layers=3)
+TEACHER = EdsrSpec(scale=2, num_features=4, num_blocks=1)
+HELDOUT = {1, 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Results of several threads may differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def photo(number):
+    return photograph(number, height=52, width=56)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The uri of six photographs, two of them held out."""
+    store = open_store(f"file://{tmp_path_factory.mktemp('set')}/shards")
+    rows = [row(f"photo-{i}.png", photo(i), heldout=i in HELDOUT) for i in range(6)]
+    write_set(store, [rows[:3], rows[3:]])
+    return store.uri
+
+
+def saved_model(uri, spec, *, seed=0, name="big"):
+    """A model directory with random weights that do something."""
+    torch.manual_seed(seed)
+    model = build_model(spec).eval()
+    card = Card(name=name, spec=spec, num_parameters=0, sha256="", licence="MIT")
+    return save_model(open_store(uri), model, card)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    uri = f"file://{tmp_path_factory.mktemp('teacher')}/big"
+    saved_model(uri, TEACHER)
+    return uri
+
+
+def fields_for(shards, output, fields):
+    given = {
+        "name": "run",
+        "output": str(output),
+        "data": DataConfig(shards=shards, patch_size=8, patches_per_row=3, window_rows=2),
+        "optimizer": OptimizerConfig(warmup_steps=2),
+        "num_steps": 6,
+        "batch_size": 2,
+        "precision": "float32",
+        "log_every_steps": 2,
+        "save_every_steps": 2,
+        "validate_every_steps": 3,
+        "num_validation_images": 2,
+        "licence": "Apache-2.0",
+    }
+    return {**given, **fields}
+
+
+def config_for(shards, output, **fields):
+    return TeacherTrainingConfig(**{"model": STUDENT, **fields_for(shards, output, fields)})
+
+
+def distil_config(shards, output, teacher, **fields):
+    given = {"student": STUDENT, "teacher": TeacherConfig(uri=teacher)}
+    return DistillConfig(**{**given, **fields_for(shards, output, fields)})
+
+
+def store_of(config):
+    return open_store(f"{config.output}/{config.name}")
+
+
+def rows_of(config):
+    return [json.loads(line) for line in store_of(config).get("metrics.jsonl").decode().splitlines()]
+
+
+def weights_of(config):
+    return load_model(f"{store_of(config).uri}/model").model.state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """A run that was never interrupted, and what it told its caller."""
+    config = config_for(shards, tmp_path_factory.mktemp("finished"), datasets=("photos (CC0)",))
+    return config, list(train(config, Worker(command="python jobs/train_teacher.py --name run")))
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_tells_and_writes_the_same_at_the_steps_that_were_asked_for(finished):
+    config, told = finished
+    rows = rows_of(config)
+    assert [progress.step for progress in told] == [row["step"] for row in rows] == [2, 3, 4, 6]
+    for progress, row in zip(told, rows, strict=True):
+        assert {"step": progress.step, **progress.metrics} == row
+    logged = {"loss", "pixel_l1", "learning_rate", "gradient_norm", "patches_per_second", "waiting_share"}
+    assert [row.keys() - {"step"} for row in rows] == [
+        logged,
+        {"heldout_psnr_y"},
+        logged,
+        logged | {"heldout_psnr_y"},
+    ]
+    assert all(0 <= row["waiting_share"] <= 1 and row["patches_per_second"] > 0 for row in (rows[0], rows[2]))
+
+
+def test_a_run_leaves_its_config_its_events_and_the_states_it_may_need(finished):
+    config, _ = finished
+    store = store_of(config)
+    keys = {info.key for info in store.list()}
+    assert TeacherTrainingConfig.model_validate_json(store.get("config.json")) == config
+    assert any(key.startswith("tensorboard/events.out.tfevents") for key in keys)
+    states = StateStore(store)
+    best = max((r for r in rows_of(config) if "heldout_psnr_y" in r), key=lambda r: r["heldout_psnr_y"])
+    assert (states.step("latest"), states.step("best")) == (6, best["step"])
+    expected = {f"checkpoints/{step:09}.pt" for step in (6, best["step"])}
+    assert {key for key in keys if key.endswith(".pt")} == expected
+    assert states.load("latest")["step"] == 6
+
+
+def test_the_model_is_the_folded_mean_of_the_best_state_and_its_card_says_how_it_was_made(finished):
+    config, _ = finished
+    best = StateStore(store_of(config)).load("best")
+    model = build_model(STUDENT)
+    model.load_state_dict(best["ema"])
+    assert same(weights_of(config), fold(model).state_dict())
+    card = load_model(f"{store_of(config).uri}/model").card
+    psnr = {row["step"]: row["heldout_psnr_y"] for row in rows_of(config) if "heldout_psnr_y" in row}
+    assert card.spec == STUDENT.model_copy(update={"folded": True})
+    assert card.metrics == {"heldout_psnr_y": round(psnr[best["step"]], 3)}
+    assert (card.name, card.num_steps, card.licence) == ("run", best["step"], "Apache-2.0")
+    assert card.data == ["photos (CC0)"] and card.teacher is None and card.created and card.commit
+    assert card.command == "python jobs/train_teacher.py --name run"
+
+
+def test_a_finished_run_has_a_card_and_another_none(finished, shards, tmp_path):
+    config, _ = finished
+    assert exported_card(config) == load_model(f"{store_of(config).uri}/model").card
+    assert exported_card(config_for(shards, tmp_path)) is None
+
+
+def test_a_run_killed_before_its_export_only_exports(shards, tmp_path, finished):
+    config = config_for(shards, tmp_path)
+    list(train(config))
+    for key in ("card.json", "model.safetensors"):
+        store_of(config).delete(f"model/{key}")
+    assert exported_card(config) is None
+    assert list(train(config)) == []
+    assert same(weights_of(config), weights_of(finished[0])) and exported_card(config) is not None
+
+
+def test_without_validation_the_last_state_is_exported(shards, tmp_path):
+    config = config_for(shards, tmp_path, num_validation_images=0, num_steps=3)
+    list(train(config))
+    assert StateStore(store_of(config)).step("best") is None
+    card = exported_card(config)
+    assert card.metrics == {} and card.num_steps == 3
+    assert card.data == [f"{shards} (CC0-1.0)"]
+
+
+def test_only_the_first_rank_writes(shards, tmp_path):
+    config = config_for(shards, tmp_path, num_steps=2)
+    told = list(train(config, Worker(rank=1, world_size=2)))
+    assert [progress.step for progress in told] == [2]
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("closed_after", [1, 2, 3])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(shards, tmp_path, finished, closed_after):
+    config = config_for(shards, tmp_path)
+    begun = train(config)
+    for _ in range(closed_after):
+        next(begun)
+    begun.close()
+    # Nothing of a later step may matter, not even what the process would have drawn.
+    torch.manual_seed(999)
+    list(train(config))
+    assert same(weights_of(config), weights_of(finished[0]))
+    assert [row["step"] for row in rows_of(config)] == [2, 3, 4, 6]
+    for own, expected in zip(rows_of(config), rows_of(finished[0]), strict=True):
+        assert own.get("heldout_psnr_y") == expected.get("heldout_psnr_y")
+    assert rows_of(config)[0]["pixel_l1"] == rows_of(finished[0])[0]["pixel_l1"]
+
+
+def test_what_was_logged_after_the_last_state_is_made_again_once(shards, tmp_path):
+    config = config_for(
+        shards, tmp_path, log_every_steps=1, save_every_steps=4, num_steps=5, num_validation_images=0
+    )
+    begun = train(config)
+    for _ in range(3):
+        next(begun)
+    begun.close()
+    assert StateStore(store_of(config)).step("latest") is None
+    list(train(config))
+    assert [row["step"] for row in rows_of(config)] == [1, 2, 3, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(shards, tmp_path):
+    config = config_for(
+        shards,
+        tmp_path,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0),
+        save_every_steps=1,
+        num_validation_images=0,
+    )
+    with pytest.raises(NonFiniteLoss, match=r"step \d: (term pixel_l1|the gradient) is (nan|inf)"):
+        list(train(config))
+    states = StateStore(store_of(config))
+    reached = states.step("latest")
+    assert reached is not None and states.load("latest")["step"] == reached
+    assert exported_card(config) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, r"seed: was 0, now 1"),
+        ({"num_steps": 7}, r"num_steps: was 6, now 7"),
+        (
+            {"optimizer": OptimizerConfig(warmup_steps=2, clip_norm=1)},
+            r"optimizer\.clip_norm: was None, now 1",
+        ),
+        (
+            {"model": RepChainSpec(scale=2, num_features=5, num_layers=3)},
+            r"model\.num_features: was 4, now 5",
+        ),
+        ({"terms": (PixelTerm(loss="mse"),)}, r"terms: was .*'l1'.*, now .*'mse'"),
+    ],
+)
+def test_another_run_of_the_same_name_is_refused_by_field(finished, change, named):
+    config = finished[0].model_copy(update=change)
+    with pytest.raises(RequestError, match=rf"run run in .* other settings \({named}\); choose another name"):
+        check(config)
+
+
+def test_what_does_not_change_the_result_may_change(finished):
+    config = finished[0]
+    check(
+        config.model_copy(
+            update={
+                "cluster": ClusterConfig(num_workers=2),
+                "log_every_steps": 5,
+                "save_every_steps": 7,
+                "validate_every_steps": 9,
+                "data": config.data.model_copy(update={"num_threads": 3}),
+            }
+        )
+    )
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_empty_prefix_and_an_incomplete_set_are_refused(shards, tmp_path):
+    with pytest.raises(RequestError, match="nothing is empty; make shards"):
+        check(config_for(f"file://{tmp_path}/nothing", tmp_path))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "shard-0.parquet").write_bytes(b"x")
+    with pytest.raises(RequestError, match=r"half has no index\.json: not complete"):
+        check(config_for(f"file://{tmp_path}/half", tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_without_training_rows_is_refused(tmp_path):
+    store = open_store(f"file://{tmp_path}/shards")
+    write_set(store, [[row("a", photo(0), heldout=True)]])
+    with pytest.raises(RequestError, match="all 1 rows are held out; make shards with a smaller heldout"):
+        check(config_for(store.uri, tmp_path))
+
+
+def test_a_teacher_of_another_scale_or_other_channels_is_refused(shards, tmp_path):
+    for spec, message in (
+        (EdsrSpec(scale=4, num_features=4, num_blocks=1), "the student has scale 2, the teacher 4"),
+        (
+            EdsrSpec(scale=2, channels=1, num_features=4, num_blocks=1),
+            "student has channels 3, the teacher 1",
+        ),
+    ):
+        uri = f"file://{tmp_path}/{spec.scale}-{spec.channels}"
+        saved_model(uri, spec)
+        with pytest.raises(RequestError, match=message):
+            check(distil_config(shards, tmp_path, uri))
+
+
+def test_a_teacher_that_no_term_looks_at_is_not_even_read(shards, tmp_path):
+    config = distil_config(shards, tmp_path, "file:///nowhere/model", terms=(PixelTerm(),))
+    assert check(config).teacher is None
+
+
+def labelled_set(tmp_path, teacher, *, value=None):
+    """The photographs with a teacher's outputs, which are all `value`, or HR itself."""
+    store = open_store(f"file://{tmp_path}/labelled")
+    rows = [
+        row(
+            f"{i}",
+            photo(i),
+            heldout=i in HELDOUT,
+            teacher_sr=photo(i) if value is None else photo(i) * 0 + value,
+        )
+        for i in range(6)
+    ]
+    write_set(store, [rows], teacher=teacher)
+    return store.uri
+
+
+def ref_of(teacher):
+    card = load_model(teacher).card
+    return TeacherRef(name=card.name, sha256=card.sha256)
+
+
+def test_stored_outputs_of_another_teacher_are_refused(tmp_path, teacher):
+    uri = labelled_set(tmp_path, TeacherRef(name="other", sha256="f" * 64))
+    with pytest.raises(RequestError, match=r"carries outputs of teacher other \(f{12}\), .* asks for big"):
+        check(distil_config(uri, tmp_path, teacher))
+
+
+def test_stored_outputs_for_another_lr_are_refused(tmp_path, teacher):
+    uri = labelled_set(tmp_path, ref_of(teacher))
+    data = DataConfig(shards=uri, patch_size=8, degradation=RealWorldDegradation())
+    with pytest.raises(RequestError, match="outputs for bicubic LR, and data.degradation real_world makes"):
+        check(distil_config(uri, tmp_path, teacher, data=data))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (EspcnSpec(scale=2, num_features=4), "expected a network of kind rep_chain, found espcn"),
+        (RepChainSpec(scale=2, num_features=8, num_layers=3), "of num_features 4, found 8"),
+    ],
+)
+def test_weights_of_another_kind_or_width_are_no_beginning(shards, tmp_path, spec, message):
+    uri = f"file://{tmp_path}/first"
+    saved_model(uri, spec)
+    with pytest.raises(RequestError, match=f"init_from {uri}: .*{message}; take a model of the same kind"):
+        check(config_for(shards, tmp_path, init_from=uri))
+
+
+def test_a_bias_alone_is_no_beginning(shards, tmp_path):
+    """EDSRs of any width share the three numbers of the last bias."""
+    uri = f"file://{tmp_path}/first"
+    saved_model(uri, EdsrSpec(scale=2, num_features=8, num_blocks=1))
+    with pytest.raises(RequestError, match="num_features 4, found 8"):
+        check(config_for(shards, tmp_path, init_from=uri, model=TEACHER))
+
+
+# ---------------------------------------------------------------- beginnings and teachers
+
+
+@pytest.mark.parametrize("kind", ["rep_chain", "edsr", "fsrcnn"])
+def test_an_x4_network_begins_with_the_trunk_of_an_x2_one(shards, tmp_path, kind):
+    shape = {
+        "rep_chain": {"num_layers": 3},
+        "edsr": {"num_blocks": 1},
+        "fsrcnn": {"num_shrunk_features": 2, "num_mapping_layers": 1},
+    }[kind]
+    spec = {"rep_chain": RepChainSpec, "edsr": EdsrSpec, "fsrcnn": FsrcnnSpec}[kind]
+    uri = f"file://{tmp_path}/x2"
+    saved_model(uri, spec(scale=2, num_features=4, **shape), seed=5)
+    # With hardly any learning rate, what is exported is what the run began with.
+    config = config_for(
+        shards,
+        tmp_path,
+        model=spec(scale=4, num_features=4, **shape),
+        init_from=uri,
+        num_steps=1,
+        num_validation_images=0,
+        optimizer=OptimizerConfig(learning_rate=1e-9, final_learning_rate=0, warmup_steps=0),
+    )
+    list(train(config))
+    first, own = fold(load_model(uri).model).state_dict(), weights_of(config)
+    torch.manual_seed(config.seed)
+    fresh = fold(build_model(config.model)).state_dict()
+    trunk = [name for name in own if own[name].shape == first[name].shape and first[name].dim() == 4]
+    assert len(trunk) >= 2
+    for name in trunk:
+        assert torch.allclose(own[name], first[name], atol=1e-6), name
+        assert not torch.allclose(own[name], fresh[name], atol=1e-3), name
+
+
+def distance_to_teacher(student, teacher):
+    hr = torch.from_numpy(photo(min(HELDOUT)).copy()).permute(2, 0, 1)[None] / 255
+    lr = bicubic_lr(hr, 2)
+    with torch.no_grad():
+        return (student(lr) - load_model(teacher).model(lr).clamp(0, 1)).abs().mean().item()
+
+
+def test_distilling_brings_the_student_nearer_to_a_live_teacher(shards, tmp_path, teacher):
+    config = distil_config(
+        shards,
+        tmp_path,
+        teacher,
+        terms=(PixelTerm(weight=0, final_weight=0.1), OutputTerm()),
+        num_steps=40,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, ema_decay=0),
+        save_every_steps=40,
+        num_validation_images=0,
+    )
+    list(train(config))
+    student = load_model(f"{store_of(config).uri}/model")
+    before = distance_to_teacher(build_model(STUDENT), teacher)
+    assert distance_to_teacher(student.model, teacher) < 0.7 * before
+    assert student.card.teacher == ref_of(teacher).model_copy(update={"licence": "MIT"})
+    rows = rows_of(config)
+    assert rows[0].keys() >= {"pixel_l1", "output_l1"}
+    assert rows[0]["loss"] == pytest.approx(rows[0]["output_l1"] + rows[0]["pixel_l1"] / 2, rel=1e-3)
+
+
+def test_stored_outputs_are_enough_to_distil(tmp_path):
+    """The teacher's weights are gone; its card says whose outputs the shards carry."""
+    uri = f"file://{tmp_path}/gone"
+    card = saved_model(uri, TEACHER)
+    open_store(uri).delete("model.safetensors")
+    labelled = labelled_set(tmp_path, TeacherRef(name=card.name, sha256=card.sha256), value=255)
+    config = distil_config(
+        labelled, tmp_path, uri, terms=(OutputTerm(),), num_steps=2, num_validation_images=0
+    )
+    list(train(config))
+    (only,) = rows_of(config)
+    # Before it learns anything, the student is bicubic, and the teacher says white.
+    mean = np.mean([photo(i).mean() for i in range(6) if i not in HELDOUT]) / 255
+    assert only["output_l1"] == pytest.approx(1 - mean, abs=0.2)
+    assert load_model(f"{store_of(config).uri}/model").card.teacher.sha256 == card.sha256
+
+
+def test_labels_change_nothing_for_a_run_without_a_teacher(tmp_path, teacher):
+    plain = open_store(f"file://{tmp_path}/plain")
+    write_set(plain, [[row(f"{i}", photo(i), heldout=i in HELDOUT) for i in range(6)]])
+    found = []
+    for name, uri in (("plain", plain.uri), ("labelled", labelled_set(tmp_path, ref_of(teacher), value=0))):
+        config = config_for(uri, tmp_path, name=name, num_steps=3, num_validation_images=0)
+        list(train(config))
+        found.append(weights_of(config))
+    assert same(*found)
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("float32", {None}), ("bfloat16", {torch.bfloat16}), ("auto", {None, torch.bfloat16})],
+)
+def test_the_type_of_the_forward_pass_is_what_was_asked(precision, expected):
+    assert autocast_type(precision, CPU) in expected
