@@ -8,7 +8,7 @@ import ray
 import ray.train
 import torch
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from ray.train.v2.api.exceptions import WorkerGroupError
 from torch import nn
@@ -77,6 +77,7 @@ def _trainer(config: RunConfig) -> TorchTrainer:
             storage_path=f"{root}/ray",
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 

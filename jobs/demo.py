@@ -57,12 +57,12 @@ def run(config: DemoConfig) -> int:
 
 
 def shard_config(config: DemoConfig) -> ShardConfig:
-    """A fifth of the photographs picks the best checkpoint."""
+    """A tenth of the photographs picks the best checkpoint."""
     return ShardConfig(
         input=config.photos,
         output=f"{config.output}/shards",
         licence="CC0-1.0 or public domain",
-        heldout_fraction=0.2,
+        heldout_fraction=0.1,
         store=config.store,
         cluster=config.cluster,
     )

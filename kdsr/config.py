@@ -417,7 +417,7 @@ class DemoConfig(Frozen):
     """Benchmark of photographs that are not trained on."""
     teacher: ModelReference = "edsr-small-x4"
     output: Uri = "out/demo"
-    num_steps: int = Field(default=1000, ge=1)
+    num_steps: int = Field(default=1500, ge=1)
     """Of the distilled student, and of the same student without the teacher."""
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()

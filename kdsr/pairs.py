@@ -226,8 +226,8 @@ def _decode(row: Row) -> _Pixels:
         hr = codecs.decode_png(row.image)
     except ImageCorrupt as error:
         raise ShardCorrupt(
-            f"sub-image at x {row.x}, y {row.y} of {row.key}: {error}; delete its shard with the .json beside "
-            f"it and run the job that made it again"
+            f"sub-image at x {row.x}, y {row.y} of {row.key}: {error}; delete its shard with the .json "
+            f"beside it and run the job that made it again"
         ) from error
     if teacher_sr is not None:
         # The teacher saw the largest part that is a multiple of the scale.

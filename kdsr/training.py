@@ -402,13 +402,13 @@ def _require_same_run(store: Store, config: RunConfig) -> None:
         )
 
 
-def _settings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _settings(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of what makes a run the run that it is."""
-    for name, value in config.items():
-        path = prefix + name
-        if path in FREE_FIELDS:
-            continue
-        if isinstance(value, dict):
-            yield from _settings(value, f"{path}.")
-        else:
-            yield path, value
+    if path in FREE_FIELDS:
+        return
+    if not isinstance(config, dict | list):
+        yield path, config
+        return
+    parts = config.items() if isinstance(config, dict) else enumerate(config)
+    for name, value in parts:
+        yield from _settings(value, f"{path}.{name}" if path else str(name))

@@ -189,6 +189,18 @@ def test_an_unknown_model_is_answered_with_those_there_are(bundle, reference):
             load(reference)
 
 
+def test_bundled_models_run_say_where_they_come_from_and_stay_small():
+    for name in bundled_names():
+        loaded = load_model(name)
+        card, scale = loaded.card, loaded.model.spec.scale
+        assert card.name == name and card.num_parameters == num_parameters(loaded.model)
+        assert card.data and card.teacher and card.command.startswith("python jobs/") and card.metrics
+        assert card.licence != "unknown"
+        sr = loaded.model(torch.full((1, 3, 9, 8), 0.5))
+        assert sr.shape == (1, 3, 9 * scale, 8 * scale) and abs(sr.mean().item() - 0.5) < 0.05
+    assert sum(path.stat().st_size for path in checkpoint.BUNDLED.rglob("*")) < 10e6
+
+
 def test_a_teacher_of_another_scale_or_other_channels_is_refused():
     card = card_of(net(EspcnSpec(scale=4, num_features=8)), name="big")
     require_teacher_spec(card, scale=4, channels=3)

@@ -143,7 +143,7 @@ def test_a_rerun_makes_only_what_is_missing(place, upscaler):
 
 
 def test_another_teacher_or_another_source_is_labelled_anew(place, upscaler):
-    source, index, target = place
+    source, _, target = place
     first = label(place, upscaler)
     other = Upscaler(Engine(build_model(SPEC)))
     second = label(place, other, sha256="b" * 64)
