@@ -5,7 +5,6 @@ rows -> ledger -> report. Only tasks and status rows travel through Ray; pixels 
 """
 
 import math
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from kdsr.config import UpscaleConfig
 from kdsr.engine import Engine
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.manifest import Plan, Records, Report, Status, Task
+from kdsr.progress import progress_bar
 from kdsr.spec import Card
 from kdsr.store import open_store
 from kdsr.upscale import ObjectUpscaler, PixelBudget, Upscaler, compute_threads
@@ -119,7 +119,10 @@ def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally:
     session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
     session.leave_terminal_to_our_bar()
     try:
-        with _Ledger(records) as ledger, _bar(plan) as bar:
+        with (
+            _Ledger(records) as ledger,
+            progress_bar(plan.listed, unit="image", done=plan.skipped, leave=False) as bar,
+        ):
             for status in _statuses(config, card, records, plan):
                 tally.add(status)
                 ledger.add(status)
@@ -156,19 +159,6 @@ class _Ledger:
 
     def __exit__(self, *_: object) -> None:
         self._flush()
-
-
-def _bar(plan: Plan) -> "tqdm[Any]":
-    """A bar on a terminal, a line now and then in a log."""
-    seconds = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=plan.listed,
-        initial=plan.skipped,
-        unit="image",
-        file=sys.stderr,
-        mininterval=seconds,
-        leave=False,
-    )
 
 
 def _advance(bar: "tqdm[Any]", tally: Tally) -> None:

@@ -1,19 +1,18 @@
 """Run a teacher over shards with Ray Data: one task is one shard. Knows no pixels."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from tqdm import tqdm
 
 from cluster import session
 from kdsr.checkpoint import is_imported, load_model, require_teacher_spec
 from kdsr.config import LabelConfig
 from kdsr.engine import Engine
 from kdsr.label import label_shard, labelled_index, withdraw_index
+from kdsr.progress import progress_bar
 from kdsr.shards import read_index, write_index
 from kdsr.spec import ShardEntry, ShardIndex
 from kdsr.store import open_store
@@ -72,7 +71,7 @@ def _entries(config: LabelConfig, index: ShardIndex, teacher_sha256: str) -> Ite
         num_cpus=session.worker_cpus(config.cluster),
         num_gpus=1 if config.cluster.use_gpu else 0,
     )
-    with tqdm(total=index.num_rows, unit="sub-image", file=sys.stderr) as bar:
+    with progress_bar(index.num_rows, unit="sub-image") as bar:
         for row in labelled.iter_rows():
             entry = ShardEntry.model_validate_json(row["entry"])
             bar.update(entry.num_rows)

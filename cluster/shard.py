@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.data
-from tqdm import tqdm
 
 from cluster import session
 from kdsr import errors
 from kdsr.config import ShardConfig
 from kdsr.errors import DataError, KdsrError, RequestError
 from kdsr.photos import Receipt, ShardPlan, build_shard, list_photos, make_index, plan_shards, rejected_lines
+from kdsr.progress import progress_bar
 from kdsr.shards import REJECTED_KEY, write_index
 from kdsr.spec import ShardIndex
 from kdsr.store import Store, open_store
@@ -81,9 +81,9 @@ def _finished(plans: list[ShardPlan], there: dict[str, int], target: Store) -> I
 def _build(missing: list[ShardPlan], num_photos: int, config: ShardConfig) -> Iterator[tuple[str, Receipt]]:
     """Build shards on the cluster; each comes out as soon as it is there."""
     num_missing = sum(len(plan.photos) for plan in missing)
-    with tqdm(
-        total=num_photos, initial=num_photos - num_missing, unit="image", file=sys.stderr, disable=not missing
-    ) as bar:
+    if not missing:
+        return
+    with progress_bar(num_photos, unit="image", done=num_photos - num_missing) as bar:
         for row in _outcomes(missing, config):
             if row["error"]:
                 raise _error_of(row)

@@ -6,7 +6,7 @@ KdsrError
 ├── StoreError              a store did not do what it was asked; retried inside the store only
 │   ├── KeyNotFound         no object under this key
 │   ├── KeyExists           a conditional create met an object that was already there
-│   ├── BucketNotFound      the bucket, or the root folder's parent, does not exist
+│   ├── BucketNotFound      the bucket does not exist
 │   ├── AccessDenied        the credentials do not allow it
 │   └── StoreUnreachable    nothing answered at the endpoint
 └── DataError               this image, shard or checkpoint is bad

@@ -25,6 +25,7 @@ from kdsr.image import Image
 from kdsr.metrics import Pixels, Plane, luma, psnr_y, ssim_y
 from kdsr.models import build_model, fold, num_parameters
 from kdsr.models.contract import SrModel
+from kdsr.progress import progress_bar
 from kdsr.spec import BicubicSpec
 from kdsr.upscale import Upscaler
 
@@ -285,7 +286,8 @@ def evaluate(config: EvaluateConfig) -> list[RoundResult]:
     models = load_models(config.model, config.store)
     rounds = plan_rounds(benchmarks, {name: model.spec.scale for name, model in models.items()})
     contestants = enter_all(models, rounds, precision=config.precision)
-    with tqdm(total=sum(each.num_images * (1 + len(each.models)) for each in rounds), unit="image") as bar:
+    num_outputs = sum(each.num_images * (1 + len(each.models)) for each in rounds)
+    with progress_bar(num_outputs, unit="image") as bar:
         return [
             run_round(
                 each,
@@ -348,8 +350,7 @@ def enter_all(
         for scale in sorted({each.scale for each in rounds})
     ]
     entries += [(name, model, precision) for name, model in models.items()]
-    bar = tqdm(entries, desc="cost", unit="model")
-    return {(name, model.spec.scale): enter(name, model, precision=kind) for name, model, kind in bar}
+    return {(name, model.spec.scale): enter(name, model, precision=kind) for name, model, kind in entries}
 
 
 def enter(name: str, model: SrModel, *, precision: Precision) -> Contestant:

@@ -212,3 +212,36 @@ def test_degradation_steps_keep_their_order_and_kinds():
     chain = {"kind": "real_world", "steps": [{"kind": "jpeg", "quality": [30, 60]}, {"kind": "blur"}]}
     degradation = TypeAdapter(Degradation).validate_python(chain)
     assert [step.kind for step in degradation.steps] == ["jpeg", "blur"]
+
+
+# ---------------------------------------------------------------- terms and labels
+
+
+@pytest.mark.parametrize(
+    ("terms", "moment"),
+    [
+        ([], "0"),
+        ([{"weight": 0}], "0"),
+        ([{"weight": 0, "final_weight": 1}], "0"),
+        ([{"weight": 1, "final_weight": 0, "ramp": [0.2, 0.5]}], "0.5"),
+        ([{"weight": 1, "final_weight": 0, "ramp": [0, 0.5]}, {"weight": 0, "final_weight": 1}], None),
+        ([{"weight": 1, "final_weight": 0}], None),
+    ],
+)
+def test_a_run_that_would_have_nothing_to_minimise_is_refused(terms, moment):
+    config = {**SMALLEST[TeacherTrainingConfig], "terms": terms}
+    if moment is None:
+        TeacherTrainingConfig.model_validate(config)
+        return
+    with pytest.raises(ValidationError, match=f"no term has a weight at {moment} of the run"):
+        TeacherTrainingConfig.model_validate(config)
+    with pytest.raises(ValidationError, match="no term has a weight"):
+        distil = {**SMALLEST[DistillConfig], "terms": [{"kind": "output", **term} for term in terms]}
+        DistillConfig.model_validate(distil)
+
+
+@pytest.mark.parametrize(("shards", "output"), [("a", "a/"), ("s3://b/x", "s3://b/x/"), ("a", "./a")])
+def test_labels_never_go_where_the_shards_are(shards, output):
+    config = {**SMALLEST[LabelConfig], "shards": shards, "output": output}
+    with pytest.raises(ValidationError, match="holds the shards themselves; choose another place"):
+        LabelConfig.model_validate(config)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec config cli provenance",
-    "image codecs tiles store shards photos manifest",
+    "image codecs tiles store shards photos manifest progress",
     "models engine degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation label upscale evaluate report compress export",
 ]

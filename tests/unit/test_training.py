@@ -225,7 +225,10 @@ def test_what_was_logged_after_the_last_state_is_made_again_once(shards, tmp_pat
         next(begun)
     begun.close()
     assert StateStore(store_of(config)).step("latest") is None
+    # As if it had been killed between writing these rows and the state they belong to.
+    store_of(config).put("metrics.jsonl", b'{"step": 2, "loss": 0.0}\n{"step": 4, "loss": 0.0}\n')
     list(train(config))
+    assert all(logged["loss"] > 0 for logged in rows_of(config))
     assert [row["step"] for row in rows_of(config)] == [1, 2, 3, 4, 5]
 
 
@@ -465,6 +468,17 @@ def test_labels_change_nothing_for_a_run_without_a_teacher(tmp_path, teacher):
         list(train(config))
         found.append(weights_of(config))
     assert same(*found)
+
+
+def test_shards_labelled_at_x2_train_an_x3_network_alone(tmp_path, teacher):
+    """17 LR pixels at x3 need all 51 rows, of which the x2 teacher saw 50."""
+    store = open_store(f"file://{tmp_path}/odd")
+    hr = photo(0)[:51]
+    write_set(store, [[row("a", hr, teacher_sr=hr[:50])]], teacher=ref_of(teacher))
+    data = DataConfig(shards=store.uri, patch_size=13, patches_per_row=2)
+    model = EspcnSpec(scale=3, num_features=4)
+    config = config_for(store.uri, tmp_path, model=model, data=data, num_steps=1)
+    assert [progress.step for progress in train(config)] == [1]
 
 
 @pytest.mark.parametrize(
