@@ -7,6 +7,7 @@ import os
 import ray
 import ray._private.state
 import ray.data
+from ray._private.log import PlainRayHandler
 
 from kdsr.config import ClusterConfig
 from kdsr.errors import RequestError
@@ -111,7 +112,7 @@ def leave_terminal_to_our_bar() -> None:
     """Ray Data's own progress and plans go to its log file only."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
+        if isinstance(handler, PlainRayHandler):
             handler.setLevel(logging.ERROR)
 
 

@@ -196,15 +196,16 @@ class PatchReader:
         def cut_row(row: int) -> list[tuple[_Patch, _Pixels]]:
             images = _decode(rows[row])
             return [
-                (_Patch(row, variant), self._cut(rows[row].key, images, epoch, variant))
+                (_Patch(row, variant), self._cut(rows[row], images, epoch, variant))
                 for variant in variants[row]
             ]
 
         return dict(pair for pairs in pool.map(cut_row, variants) for pair in pairs)
 
-    def _cut(self, key: str, images: _Pixels, epoch: int, variant: int) -> _Pixels:
-        """One patch, its place and its flips drawn from (seed, epoch, key, variant) alone."""
-        random = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode()), variant])
+    def _cut(self, row: Row, images: _Pixels, epoch: int, variant: int) -> _Pixels:
+        """One patch, its place and its flips drawn from (seed, epoch, sub-image, variant) alone."""
+        place = f"{row.key} {row.x} {row.y}"
+        random = np.random.default_rng([self.seed, epoch, zlib.crc32(place.encode()), variant])
         height, width = images.hr.shape[:2]
         # On the LR grid of the whole image, so that a stored teacher output fits.
         top = self.scale * int(random.integers(0, (height - self.side) // self.scale + 1))

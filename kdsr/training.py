@@ -3,6 +3,7 @@
 Knows no cluster: `Worker` tells which part of the work is this process's, and how to wrap the network.
 """
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
@@ -388,6 +390,9 @@ def _require_same_run(store: Store, config: RunConfig) -> None:
         before = json.loads(store.get("config.json"))
     except KeyNotFound:
         return
+    # Fields that are newer than the run had their default.
+    with contextlib.suppress(ValidationError):
+        before = type(config).model_validate(before).model_dump(mode="json")
     now = json.loads(config.model_dump_json())
     old, new = dict(_settings(before)), dict(_settings(now))
     changed = [
