@@ -12,8 +12,7 @@ def run(config: TeacherTrainingConfig) -> int:
     from cluster.train import run as train
 
     card = train(config)
-    place = f"{config.output}/{config.name}/model"
-    print(f"{card.name}: {card.num_parameters:,} parameters, {card.metrics}: {place}")
+    print(f"{card.sentence()}: {config.output}/{config.name}/model")
     return 0
 
 

@@ -126,6 +126,12 @@ class Card(Frozen):
     num_steps: int = 0
     metrics: dict[str, float] = {}
 
+    def sentence(self) -> str:
+        """Name, size and held-out quality, for the person who waited."""
+        psnr = self.metrics.get("heldout_psnr_y")
+        quality = "nothing held out to measure on" if psnr is None else f"{psnr:.2f} dB on held-out images"
+        return f"{self.name}: {self.num_parameters:,} parameters, {quality}"
+
 
 class ShardEntry(Frozen):
     """One Parquet shard as the index lists it."""
