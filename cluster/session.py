@@ -30,6 +30,9 @@ def connect(config: ClusterConfig) -> None:
     _set_defaults()
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address is None:
+        _require(
+            "CPU", (config.cpus_per_worker or 0.0) * config.num_workers, logical_cpus(), config.num_workers
+        )
         ray.init(
             address="local",
             num_cpus=logical_cpus(),
@@ -91,14 +94,17 @@ def require_capacity(config: ClusterConfig, *, reader_cpus: float = 0.0) -> None
     limits = _limits()
     limits["CPU"] = limits.get("CPU", 0.0) - reader_cpus
     workers = config.num_workers
-    needed = {"CPU": worker_cpus(config) * workers, "GPU": float(config.use_gpu) * workers}
-    for resource, amount in needed.items():
-        if amount > limits.get(resource, 0.0) + 1e-6:
-            raise RequestError(
-                f"cluster.num_workers {workers} need {amount:g} {resource}, and this cluster has "
-                f"{limits.get(resource, 0.0):g} for them; ask for fewer workers, set "
-                f"cluster.cpus_per_worker lower, or join a larger cluster with cluster.address"
-            )
+    _require("CPU", worker_cpus(config) * workers, limits["CPU"], workers)
+    _require("GPU", float(config.use_gpu) * workers, limits.get("GPU", 0.0), workers)
+
+
+def _require(resource: str, needed: float, limit: float, num_workers: int) -> None:
+    if needed > limit + 1e-6:
+        raise RequestError(
+            f"cluster.num_workers {num_workers} need {needed:g} {resource}, and this cluster has "
+            f"{limit:g} for them; ask for fewer workers, set cluster.cpus_per_worker lower, or join a "
+            f"larger cluster with cluster.address"
+        )
 
 
 def _limits() -> dict[str, float]:
