@@ -130,7 +130,7 @@ def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally:
     except ray.exceptions.RayError as error:
         raise KdsrError(
             f"the cluster stopped the run after {tally.done + tally.failed} of {plan.pending} images: "
-            f"{_last_line(error)}; the same command goes on from here"
+            f"{session.last_line(error)}; the same command goes on from here"
         ) from error
 
 
@@ -166,10 +166,6 @@ def _advance(bar: "tqdm[Any]", tally: Tally) -> None:
     rate = tally.megapixels / seconds if seconds else 0.0
     bar.set_postfix_str(f"{rate:.1f} Mpx/s, {tally.failed} failed", refresh=False)
     bar.update()
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
 
 
 def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -> Iterator[Status]:

@@ -11,6 +11,7 @@ from cluster import session
 from kdsr.checkpoint import is_imported, load_model, require_teacher_spec
 from kdsr.config import LabelConfig
 from kdsr.engine import Engine
+from kdsr.errors import KdsrError
 from kdsr.label import label_shard, labelled_index, withdraw_index
 from kdsr.progress import progress_bar
 from kdsr.shards import read_index, write_index
@@ -34,7 +35,12 @@ def label(config: LabelConfig) -> ShardIndex:
     session.leave_terminal_to_our_bar()
     target = open_store(config.output, config.store)
     withdraw_index(index, target, teacher_sha256=teacher.card.sha256)
-    entries = dict(_entries(config, index, teacher.card.sha256))
+    try:
+        entries = dict(_entries(config, index, teacher.card.sha256))
+    except ray.exceptions.RayError as error:
+        raise KdsrError(
+            f"labelling stopped: {session.last_line(error)}; the same command goes on from here"
+        ) from error
     labelled = labelled_index(index, [entries[entry.key] for entry in index.shards], teacher.card)
     write_index(target, labelled)
     return labelled
@@ -51,15 +57,19 @@ class _Labeller:
         self.upscaler = Upscaler(Engine(model, device=device, precision=config.precision))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        entry = label_shard(
-            open_store(self.config.shards, self.config.store),
-            ShardEntry.model_validate_json(row["entry"]),
-            open_store(self.config.output, self.config.store),
-            upscaler=self.upscaler,
-            teacher_sha256=self.teacher_sha256,
-            row_group_bytes=ROW_GROUP_BYTES,
-        )
-        return {"key": entry.key, "entry": entry.model_dump_json()}
+        outcome = {"entry": row["entry"], "error": "", "reason": ""}
+        try:
+            entry = label_shard(
+                open_store(self.config.shards, self.config.store),
+                ShardEntry.model_validate_json(row["entry"]),
+                open_store(self.config.output, self.config.store),
+                upscaler=self.upscaler,
+                teacher_sha256=self.teacher_sha256,
+                row_group_bytes=ROW_GROUP_BYTES,
+            )
+        except KdsrError as error:
+            return outcome | session.as_values(error)
+        return outcome | {"entry": entry.model_dump_json()}
 
 
 def _entries(config: LabelConfig, index: ShardIndex, teacher_sha256: str) -> Iterator[tuple[str, ShardEntry]]:
@@ -73,6 +83,8 @@ def _entries(config: LabelConfig, index: ShardIndex, teacher_sha256: str) -> Ite
     )
     with progress_bar(index.num_rows, unit="sub-image") as bar:
         for row in labelled.iter_rows():
+            if row["error"]:
+                raise session.error_of(row)
             entry = ShardEntry.model_validate_json(row["entry"])
             bar.update(entry.num_rows)
             yield entry.key, entry

@@ -3,14 +3,16 @@
 import logging
 import math
 import os
+from collections.abc import Mapping
 
 import ray
 import ray._private.state
 import ray.data
 from ray._private.log import PlainRayHandler
 
+from kdsr import errors
 from kdsr.config import ClusterConfig
-from kdsr.errors import RequestError
+from kdsr.errors import KdsrError, RequestError
 
 # Ray's own default is 30 % of the memory; encoded bytes and status rows need far less.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -112,6 +114,22 @@ def _limits() -> dict[str, float]:
     found: dict[str, float] = ray.cluster_resources()
     configured = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     return {name: max(found.get(name, 0.0), configured.get(name, 0.0)) for name in found | configured}
+
+
+def as_values(error: KdsrError) -> dict[str, str]:
+    """Our own error as columns of a row. Ray would retry it, wrap it, and lose what it was."""
+    return {"error": type(error).__name__, "reason": str(error)}
+
+
+def error_of(row: Mapping[str, str]) -> KdsrError:
+    """The error that `as_values` put into `row`."""
+    error: KdsrError = getattr(errors, row["error"])(row["reason"])
+    return error
+
+
+def last_line(error: Exception) -> str:
+    """What went wrong on a worker, without the traceback that Ray puts before it."""
+    return str(error).strip().splitlines()[-1]
 
 
 def leave_terminal_to_our_bar() -> None:

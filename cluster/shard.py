@@ -8,7 +8,6 @@ from typing import Any
 import ray.data
 
 from cluster import session
-from kdsr import errors
 from kdsr.config import ShardConfig
 from kdsr.errors import DataError, KdsrError, RequestError
 from kdsr.photos import Receipt, ShardPlan, build_shard, list_photos, make_index, plan_shards, rejected_lines
@@ -86,7 +85,7 @@ def _build(missing: list[ShardPlan], num_photos: int, config: ShardConfig) -> It
     with progress_bar(num_photos, unit="image", done=num_photos - num_missing) as bar:
         for row in _outcomes(missing, config):
             if row["error"]:
-                raise _error_of(row)
+                raise session.error_of(row)
             receipt = Receipt.model_validate_json(row["receipt"])
             bar.update(row["num_photos"])
             yield row["key"], receipt
@@ -111,12 +110,7 @@ def _build_one(row: dict[str, Any], *, config: ShardConfig) -> dict[str, Any]:
     try:
         return outcome | {"receipt": build_shard(source, target, plan, config).model_dump_json()}
     except KdsrError as error:
-        return outcome | {"error": type(error).__name__, "reason": str(error)}
-
-
-def _error_of(row: dict[str, Any]) -> KdsrError:
-    error: KdsrError = getattr(errors, row["error"])(row["reason"])
-    return error
+        return outcome | session.as_values(error)
 
 
 def _publish(receipts: list[Receipt], target: Store, config: ShardConfig) -> ShardIndex:

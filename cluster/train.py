@@ -19,7 +19,7 @@ from kdsr.config import DistillConfig, TeacherTrainingConfig
 from kdsr.errors import KdsrError
 from kdsr.spec import Card
 from kdsr.store import open_store
-from kdsr.training import Progress, RunConfig, Worker, check, exported_card, train
+from kdsr.training import Progress, RunConfig, Worker, check, exported_card, saved_step, train
 
 KINDS: dict[str, type[RunConfig]] = {
     config.__name__: config for config in (TeacherTrainingConfig, DistillConfig)
@@ -46,7 +46,10 @@ def run(config: RunConfig) -> Card:
             if own is not None:
                 raise _cause(own) from None
             if attempt == config.cluster.max_failures:
-                raise
+                raise KdsrError(
+                    f"training stopped after {attempt + 1} starts: {session.last_line(error)}; the same "
+                    f"command goes on from the last checkpoint"
+                ) from error
             print(f"lost workers ({error}); going on from the last checkpoint", file=sys.stderr)
     card = exported_card(config)
     assert card is not None
@@ -94,8 +97,9 @@ def _work(arguments: dict[str, Any]) -> None:
         wrap=_data_parallel,
         command=arguments["command"],
     )
-    bar = tqdm_ray.tqdm(total=config.num_steps, desc=config.name) if worker.rank == 0 else None
-    done = 0
+    done = saved_step(config)
+    # Only the steps of this start are on the bar: those of an earlier one would make its rate and ETA lie.
+    bar = tqdm_ray.tqdm(total=config.num_steps - done, desc=config.name) if worker.rank == 0 else None
     for progress in train(config, worker):
         if bar is not None:
             bar.set_description(_describe(config.name, progress))

@@ -85,5 +85,7 @@ def _rows(store: Store, entry: ShardEntry) -> Iterator[Row]:
 def _labelled(row: Row, upscaler: Upscaler) -> Row:
     scale = upscaler.engine.scale
     degrade = build_degradation(BicubicDegradation(), scale)
-    pair = make_pair(row.key, codecs.decode_png(row.image), degrade=degrade, scale=scale, channels=3, seed=0)
+    pair = make_pair(
+        row.key, shards.row_pixels(row, row.image), degrade=degrade, scale=scale, channels=3, seed=0
+    )
     return replace(row, teacher_sr=codecs.encode_png(upscaler.upscale(pair.lr).rgb8().pixels))

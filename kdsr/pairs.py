@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdsr import codecs, shards
+from kdsr import shards
 from kdsr.config import DataConfig
 from kdsr.degrade import Degrade
-from kdsr.errors import DataError, ImageCorrupt, ShardCorrupt
+from kdsr.errors import DataError
 from kdsr.shards import Row
 from kdsr.spec import Channels, ShardIndex
 from kdsr.store import Store
@@ -222,14 +222,8 @@ class PatchReader:
 
 
 def _decode(row: Row) -> _Pixels:
-    try:
-        teacher_sr = None if row.teacher_sr is None else codecs.decode_png(row.teacher_sr)
-        hr = codecs.decode_png(row.image)
-    except ImageCorrupt as error:
-        raise ShardCorrupt(
-            f"sub-image at x {row.x}, y {row.y} of {row.key}: {error}; delete its shard with the .json "
-            f"beside it and run the job that made it again"
-        ) from error
+    teacher_sr = None if row.teacher_sr is None else shards.row_pixels(row, row.teacher_sr)
+    hr = shards.row_pixels(row, row.image)
     if teacher_sr is not None:
         # The teacher saw the largest part that is a multiple of the scale.
         hr = hr[: teacher_sr.shape[0], : teacher_sr.shape[1]]

@@ -1,7 +1,7 @@
 """The format of shards: Parquet files of lossless sub-images, and the index that makes them a set.
 
 One row is one sub-image. `index.json` is written last; a folder without it holds no set. Knows stores and
-Parquet; no file formats of photographs, no ray, no torch.
+Parquet; nothing of photographs, no ray, no torch.
 """
 
 import hashlib
@@ -13,11 +13,13 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from kdsr.errors import KeyNotFound, RequestError, ShardCorrupt, StoreError
+from kdsr import codecs
+from kdsr.errors import ImageCorrupt, KeyNotFound, RequestError, ShardCorrupt, StoreError
 from kdsr.spec import ShardEntry, ShardIndex
 from kdsr.store import Store
 from kdsr.tiles import Box
@@ -61,6 +63,20 @@ class Row:
     """Never trained on; the same for every sub-image of a photograph."""
     teacher_sr: bytes | None = None
     """The teacher's output for the degraded `image`: PNG of the same size. None when there is none."""
+
+
+def row_pixels(row: Row, png: bytes) -> np.ndarray:
+    """`png`, the image or the teacher's output of `row`, as (H, W, 3) uint8.
+
+    Raises ShardCorrupt naming the sub-image.
+    """
+    try:
+        return codecs.decode_png(png)
+    except ImageCorrupt as error:
+        raise ShardCorrupt(
+            f"sub-image at x {row.x}, y {row.y} of {row.key}: {error}; delete its shard with the .json "
+            f"beside it and run the job that made it again"
+        ) from error
 
 
 def cut(height: int, width: int, size: int) -> list[Box]:

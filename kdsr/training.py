@@ -104,13 +104,17 @@ def check(config: RunConfig) -> Inputs:
     return Inputs(index, teacher)
 
 
+def saved_step(config: RunConfig) -> int:
+    """The step that a start of this run goes on from."""
+    return StateStore(_run_store(config)).step("latest") or 0
+
+
 def exported_card(config: RunConfig) -> Card | None:
     """The card of the exported model when this run has nothing left to do."""
-    store = _run_store(config)
-    if (StateStore(store).step("latest") or 0) < config.num_steps:
+    if saved_step(config) < config.num_steps:
         return None
     try:
-        return load_card(f"{store.uri}/model", config.store)
+        return load_card(f"{_run_store(config).uri}/model", config.store)
     except RequestError:
         return None
 

@@ -35,7 +35,7 @@ def heldout_pairs(
     """The first `limit` held-out sub-images of the index, with the LR that training would make of them."""
     pairs: list[Pair] = []
     for row in _heldout_rows(store, index):
-        hr = codecs.decode_png(row.image)
+        hr = shards.row_pixels(row, row.image)
         pairs.append(make_pair(row.key, hr, degrade=degrade, scale=scale, channels=channels, seed=len(pairs)))
         if len(pairs) == limit:
             break

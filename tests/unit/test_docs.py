@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from kdsr import config
+from kdsr.checkpoint import bundled_names, load_card
 from kdsr.cli import parse
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +72,10 @@ def _code(page: Path) -> list[str]:
 def test_the_page_of_results_is_what_the_files_say() -> None:
     render = runpy.run_path(str(ROOT / "bench/render_results.py"))["render"]
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == render()
+
+
+def test_the_table_of_models_in_the_readme_has_the_sizes_of_their_cards() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in bundled_names():
+        row = next(line for line in readme.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        assert f"{round(load_card(name).num_parameters / 1000)} K" in row

@@ -1,0 +1,31 @@
+"""Labelling over Ray's workers: errors reach the person as they are, and nothing half-made is left."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.label import label
+from cluster.shard import shard
+from kdsr.config import LabelConfig, ShardConfig, TeacherConfig
+from kdsr.errors import DataError
+from kdsr.shards import read_index
+from kdsr.store import open_store
+from tests.pictures import write_photographs
+
+
+def test_a_broken_shard_is_named_and_no_index_is_left(ray_local: None, tmp_path: Path) -> None:
+    write_photographs(tmp_path / "photos", 3)
+    shard(ShardConfig(input=str(tmp_path / "photos"), output=str(tmp_path / "shards"), heldout_fraction=0))
+    config = LabelConfig(
+        shards=str(tmp_path / "shards"),
+        teacher=TeacherConfig(uri="edsr-small-x4"),
+        output=str(tmp_path / "labelled"),
+    )
+    key = read_index(open_store(config.shards)).shards[0].key
+    whole = (tmp_path / "shards" / key).read_bytes()
+    (tmp_path / "shards" / key).write_bytes(whole[:2000] + bytes(3000) + whole[5000:])
+    with pytest.raises(DataError, match=r"shard|photo-"):
+        label(config)
+    assert not (tmp_path / "labelled/index.json").exists()
+    (tmp_path / "shards" / key).write_bytes(whole)
+    assert label(config).teacher_scale == 4
