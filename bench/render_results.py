@@ -34,13 +34,32 @@ def render() -> str:
 def section(path: Path) -> str:
     """Title, table, and where the numbers come from."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = [{name: cell(name, value) for name, value in row.items()} for row in content["rows"]]
-    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    rows = [{name: cell(name, value) for name, value in row.items()} for row in rows_of(content)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if any(row.get(name) for row in rows)]
     lines = [f"## {content.get('title', path.stem)}", "", *content.get("remarks", [])]
     lines += [""] * bool(content.get("remarks"))
     lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
+    lines += [f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows]
     return "\n".join([*lines, "", source(path, content), ""])
+
+
+def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table; bench/bulk.py has named cases instead, and sums beside them."""
+    if "cases" not in content:
+        return list(content["rows"])
+    sums = {name: content.get(name) for name in ("loop_mpx_s", "startup_seconds")}
+    return [
+        {"case": name, **_flat(case), **(sums if number == 0 else {})}
+        for number, (name, case) in enumerate(content["cases"].items())
+    ]
+
+
+def _flat(case: dict[str, Any]) -> dict[str, Any]:
+    """What a reader compares, and the milliseconds of an image in each stage."""
+    shown = ("input", "model", "precision", "images", "net_alone_mpx_s", "job_mpx_s", "ratio")
+    stages = {f"{name}_ms": 1000 * seconds for name, seconds in case["where_time_goes"].items()}
+    return {name: case[name] for name in shown} | stages
 
 
 def source(path: Path, content: dict[str, Any]) -> str:
@@ -58,8 +77,9 @@ def cell(name: str, value: Any) -> str:
         return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
     if not isinstance(value, float):
         return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    digits = {"psnr_y": 2, "ssim_y": 4, "gmacs_720p": 1, "megapixels_per_second": 1}
-    return f"{value:.{digits.get(name, 4)}f}"
+    digits = {"psnr_y": 2, "ssim_y": 4, "gmacs_720p": 1, "ratio": 2}
+    few = name.endswith(("_ms", "_mb", "_mpx_s", "_second", "seconds"))
+    return f"{value:,.{digits.get(name, 1 if few else 4)}f}"
 
 
 if __name__ == "__main__":

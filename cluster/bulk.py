@@ -7,10 +7,11 @@ rows -> ledger -> report. Only tasks and status rows travel through Ray; pixels 
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,13 +24,17 @@ from cluster import session
 from kdsr import manifest
 from kdsr.checkpoint import load_model
 from kdsr.config import UpscaleConfig
-from kdsr.engine import Engine
-from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
+from kdsr.engine import Engine, choose_precision
+from kdsr.errors import CheckpointCorrupt, KdsrError
+from kdsr.forecast import Forecast, forecast
 from kdsr.manifest import Plan, Records, Report, Status, Task
-from kdsr.progress import progress_bar
+from kdsr.models import SrModel
+from kdsr.naming import Naming, Selection
+from kdsr.objects import ObjectUpscaler, PixelBudget
+from kdsr.progress import JsonProgress, progress_bar
 from kdsr.spec import Card
 from kdsr.store import open_store
-from kdsr.upscale import ObjectUpscaler, PixelBudget, Upscaler, compute_threads
+from kdsr.upscale import Upscaler, compute_threads
 
 MAX_TASK_ROWS = 16
 """Images that an actor is given at once: what is redone when it dies, and how often progress is heard of."""
@@ -42,35 +47,88 @@ MAX_DEATHS = 3
 MAX_FLUSH_SECONDS = 30.0
 """Longest that a status row waits for the ledger while others arrive; what a killed driver loses."""
 MAX_LISTED_FAILURES = 1000
+STAGES = ("download", "decode", "wait", "net", "encode", "upload")
 
 
-def upscale(config: UpscaleConfig) -> Report:
+def upscale(config: UpscaleConfig, *, command: str = "") -> Report:
     """Upscale what is not done yet under `config.input`, and return the sums that `report.json` holds.
 
-    Raises RequestError and UnknownModel before Ray starts, StoreError when the manifest or the ledger cannot
-    be written, KdsrError when the cluster fails. An image that fails is counted, not raised.
+    `command` is what the user typed, for the report. Raises RequestError and UnknownModel before Ray starts,
+    StoreError when the manifest or the ledger cannot be written, KdsrError when the cluster fails. An image
+    that fails is counted, not raised.
     """
     began = time.monotonic()
-    card = load_model(config.model, config.store).card
-    _require_scale(card, config)
-    source, output = open_store(config.input, config.store), open_store(config.output, config.store)
-    run = manifest.run_id(source.uri, model_sha256=card.sha256, options={"quality": config.quality})
-    records = Records(output, run)
-    plan = records.plan(manifest.list_tasks(source, output_uri=output.uri, run=run))
+    loaded = load_model(config.model, config.store)
+    card, run = loaded.card, run_of(config, loaded.card)
+    records = Records(open_store(config.output, config.store), run)
     tally = Tally()
+    tasks = tasks_of(config, run)
+    with tally.timed("list and plan"):
+        plan = records.plan(records.failed_only(tasks) if config.retry_failed else tasks)
     if plan.pending:
+        config = config.model_copy(update={"precision": _agreed_precision(config, records, loaded.model)})
         _run(config, card, records, plan, tally)
     report = tally.report(plan, config, card, run=run, seconds=time.monotonic() - began)
+    if report.failed and command:
+        report = replace(report, replay=f"{command} --retry_failed true")
     records.finish(report)
     return report
 
 
-def _require_scale(card: Card, config: UpscaleConfig) -> None:
-    if config.scale not in (None, card.spec.scale):
-        raise RequestError(
-            f"scale {config.scale} was asked for, and model {card.name} upscales x{card.spec.scale}; "
-            f"leave --scale out or choose another model"
-        )
+_CHANGES_NOTHING = {
+    *("input", "output", "model", "include", "exclude", "limit", "max_pixels", "max_frames"),
+    *("dry_run", "verify", "retry_failed", "progress", "profile", "store", "cluster"),
+}
+"""Fields that change no byte of a result; all others are part of a run's name."""
+
+
+def run_of(config: UpscaleConfig, card: Card) -> str:
+    """Name of the run: input, model, and every option that changes a byte of a result."""
+    options = config.model_dump(mode="json", exclude=_CHANGES_NOTHING)
+    return manifest.run_id(config.input, model_sha256=card.sha256, options=options)
+
+
+def tasks_of(config: UpscaleConfig, run: str) -> Iterator[Task]:
+    """The wanted inputs, streamed. Raises RequestError; see `manifest.list_tasks`."""
+    return manifest.list_tasks(
+        open_store(config.input, config.store),
+        output_uri=open_store(config.output, config.store).uri,
+        run=run,
+        naming=Naming(config.format, config.suffix),
+        selection=Selection(config.include, config.exclude),
+        limit=config.limit,
+    )
+
+
+def dry_run(config: UpscaleConfig) -> Forecast:
+    """What `upscale` would come to if nothing was done yet. Writes nothing."""
+    loaded = load_model(config.model, config.store)
+    return forecast(config, tasks_of(config, run_of(config, loaded.card)), loaded.model)
+
+
+def verify(config: UpscaleConfig) -> tuple[int, dict[str, str]]:
+    """How many results the run's ledger knows, and what is wrong with which of them."""
+    run = run_of(config, load_model(config.model, config.store).card)
+    records = Records(open_store(config.output, config.store), run)
+    return records.num_done(), dict(records.verify())
+
+
+def _agreed_precision(config: UpscaleConfig, records: Records, model: SrModel) -> str:
+    """One number type for all workers and reruns, so that all results are alike."""
+
+    def choose() -> str:
+        if config.precision != "auto":
+            return config.precision
+        if not config.cluster.use_gpu:
+            return choose_precision(model)
+        session.connect(config.cluster)
+        return str(ray.get(ray.remote(num_gpus=1)(_choose_on_gpu).remote(config)))
+
+    return records.precision(choose)
+
+
+def _choose_on_gpu(config: UpscaleConfig) -> str:
+    return choose_precision(load_model(config.model, config.store).model, device="cuda")
 
 
 @dataclass
@@ -81,10 +139,20 @@ class Tally:
     failed: int = 0
     megapixels: float = 0.0
     failed_keys: dict[str, str] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's time under `stage`."""
+        began = time.monotonic()
+        yield
+        self.stage_seconds[stage] += time.monotonic() - began
 
     def add(self, status: Status) -> None:
         """Count one row."""
         self.megapixels += status.megapixels
+        for stage in STAGES:
+            self.stage_seconds[stage] += getattr(status, f"{stage}_seconds")
         if status.status == "done":
             self.done += 1
             return
@@ -107,6 +175,8 @@ class Tally:
             failed_keys=self.failed_keys,
             output_megapixels=round(self.megapixels, 6),
             seconds=round(seconds, 3),
+            precision=config.precision,
+            stage_seconds={stage: round(spent, 3) for stage, spent in self.stage_seconds.items()},
         )
 
 
@@ -115,13 +185,14 @@ class Tally:
 
 def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally: Tally) -> None:
     """Do what is pending; every row that arrives reaches the ledger, whatever ends the run."""
-    session.connect(config.cluster)
+    with tally.timed("start Ray"):
+        session.connect(config.cluster)
     session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
     session.leave_terminal_to_our_bar()
     try:
         with (
             _Ledger(records) as ledger,
-            progress_bar(plan.listed, unit="image", done=plan.skipped, leave=False) as bar,
+            _progress(config, plan) as bar,
         ):
             for status in _statuses(config, card, records, plan):
                 tally.add(status)
@@ -161,7 +232,16 @@ class _Ledger:
         self._flush()
 
 
-def _advance(bar: "tqdm[Any]", tally: Tally) -> None:
+def _progress(config: UpscaleConfig, plan: Plan) -> "tqdm[Any] | JsonProgress":
+    if config.progress == "json":
+        return JsonProgress(plan.listed, done=plan.skipped)
+    return progress_bar(plan.listed, unit="image", done=plan.skipped, leave=False)
+
+
+def _advance(bar: "tqdm[Any] | JsonProgress", tally: Tally) -> None:
+    if isinstance(bar, JsonProgress):
+        bar.update(megapixels=tally.megapixels, failed=tally.failed)
+        return
     seconds = bar.format_dict["elapsed"]
     rate = tally.megapixels / seconds if seconds else 0.0
     bar.set_postfix_str(f"{rate:.1f} Mpx/s, {tally.failed} failed", refresh=False)
@@ -230,13 +310,13 @@ class UpscaleActor:
             raise CheckpointCorrupt(f"{config.model} is another model here than where the run was started")
         use_gpu = config.cluster.use_gpu
         num_threads = 1 if use_gpu else min(num_threads, session.cores())
-        engine = Engine(loaded.model, device="cuda" if use_gpu else "cpu")
+        engine = Engine(loaded.model, device="cuda" if use_gpu else "cpu", precision=config.precision)
+        upscaler = Upscaler(engine, tile_size=config.tile_size, compute=compute_threads(num_threads))
         self._objects = ObjectUpscaler(
             source=open_store(config.input, config.store),
             target=open_store(config.output, config.store),
-            upscaler=Upscaler(engine, compute=compute_threads(num_threads)),
-            max_pixels=config.max_pixels,
-            quality=config.quality,
+            upscaler=upscaler,
+            config=config,
             budget=PixelBudget(BUDGET_PIXELS),
         )
         self._images = ThreadPoolExecutor(num_threads + EXTRA_IMAGES, thread_name_prefix="images")
@@ -264,11 +344,12 @@ class UpscaleActor:
                 task.target,
                 "failed",
                 stage="upscale",
-                error_class="worker_died",
+                error_class="internal",
+                attempts=num_deaths,
                 message=f"its worker died {num_deaths} times, out of memory or by a crash; given up",
             )
         with self._one_suspect:
             ray.get(self._deaths.begin.remote(task.id))
-            status = self._objects.upscale(task)
+            status = replace(self._objects.upscale(task), attempts=num_deaths + 1)
             ray.get(self._deaths.end.remote([task.id]))
         return status

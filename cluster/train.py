@@ -35,7 +35,8 @@ def run(config: RunConfig) -> Card:
     check(config)
     if (card := exported_card(config)) is not None:
         return card
-    session.connect(config.cluster)
+    # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
+    session.connect(config.cluster, dashboard=True)
     session.require_capacity(config.cluster)
     for attempt in range(config.cluster.max_failures + 1):
         try:

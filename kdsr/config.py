@@ -386,6 +386,30 @@ class EvaluateConfig(Frozen):
     store: StoreConfig = StoreConfig()
 
 
+OutputFormat = Literal["jpeg", "png", "webp", "tiff", "avif", "gif", "bmp", "ppm"]
+"""Formats that are written. HEIC is only read."""
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EncodeConfig(Frozen):
+    """How results are written. Each format takes what it knows and leaves the rest."""
+
+    quality: int = Field(default=95, ge=1, le=100)
+    """Of JPEG, WebP and AVIF."""
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:4:4"
+    """Of the colours of JPEG and AVIF."""
+    lossless: bool = False
+    """WebP without loss."""
+    png_level: int = Field(default=1, ge=0, le=9)
+    """0 and 1 keep up with a network; higher ones make smaller files, slowly."""
+    tiff_compression: Literal["deflate", "lzw", "none"] = "deflate"
+    metadata: Literal["keep", "strip"] = "keep"
+    """Strip leaves EXIF, XMP and resolution out; the ICC profile stays, since colours need it."""
+    oversize: Literal["error", "tiff", "png"] = "error"
+    """What becomes of a result with more pixels a side than its format holds: JPEG 65,500, WebP 16,383."""
+
+
 class UpscaleConfig(Frozen):
     """Upscale every image under a folder or prefix."""
 
@@ -393,14 +417,52 @@ class UpscaleConfig(Frozen):
     output: Uri
     """Folder or prefix of the results; relative keys are kept, and a rerun skips what is done."""
     model: ModelReference
-    scale: Literal[2, 3, 4] | None = None
-    """Only a check: refused when the model has another scale."""
+    scale: float | None = Field(default=None, gt=0, le=64)
+    """Of the result; the model's own when not set. Another one adds one antialiased resize."""
+    width: int | None = Field(default=None, ge=1)
+    """Width of each result in pixels, instead of a scale."""
+    megapixels: float | None = Field(default=None, gt=0)
+    """Size of each result, instead of a scale."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Largest file: quality, then size, is lowered until the result fits."""
+    format: OutputFormat | None = None
+    """Of all results; the input's when not set, and JPEG for HEIC."""
+    suffix: str = ""
+    """Put between name and extension of each result."""
+    encode: EncodeConfig = EncodeConfig()
+    include: tuple[str, ...] = ()
+    """Glob patterns of relative keys; all keys when there is none."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of relative keys to leave out."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first so many inputs."""
     max_pixels: int = Field(default=100_000_000, ge=1)
-    """Input images with more pixels fail before they are decoded."""
-    quality: int = Field(default=95, ge=1, le=100)
-    """Of JPEG and WebP outputs."""
+    """Input images or frames with more pixels fail before they are decoded."""
+    max_frames: int = Field(default=10_000, ge=1)
+    """Animations and documents with more frames fail before they are decoded."""
+    precision: Precision = "auto"
+    """Number type of the network; auto measures which is fastest and still gives the same picture."""
+    tile_size: int | None = Field(default=None, ge=16)
+    """Height and width of a tile in input pixels; chosen by the network when not set."""
+    dry_run: bool = False
+    """Tell counts, pixels, estimated time and bytes; write nothing."""
+    verify: bool = False
+    """Check the outputs against the status rows instead of upscaling."""
+    retry_failed: bool = False
+    """Only the inputs that failed in earlier starts of this run."""
+    progress: Literal["bar", "json"] = "bar"
+    """A bar, or one JSON line per interval on stderr."""
+    profile: bool = False
+    """Print where the time went."""
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        sizes = [name for name in ("scale", "width", "megapixels") if getattr(self, name) is not None]
+        if len(sizes) > 1:
+            raise ValueError(f"expected one size, found {' and '.join(sizes)}; leave all but one out")
+        return self
 
 
 # ---------------------------------------------------------------- demo

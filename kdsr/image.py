@@ -4,25 +4,33 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+PIXEL_TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+
 
 @dataclass(frozen=True, eq=False)
 class Image:
     """One picture: colour or grey, its transparency apart, and what its file said about it."""
 
     pixels: np.ndarray
-    """(H, W, 3) or (H, W, 1), uint8 or uint16."""
+    """(H, W, 3) or (H, W, 1), uint8, uint16, or finite float32 in which 0 is black and 1 is white."""
     alpha: np.ndarray | None = None
     """(H, W) of the same type, 0 is transparent."""
     icc_profile: bytes | None = None
     """Colour space of the pixels; sRGB when there is none."""
     exif: bytes | None = None
     """As in the file, but the orientation is already applied to the pixels and reset to 1."""
+    xmp: bytes | None = None
+    """The XMP packet, with the orientation reset too."""
+    dpi: tuple[float, float] | None = None
+    """Pixels per inch, horizontal and vertical."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for arrays of another shape or type."""
         pixels, alpha = self.pixels, self.alpha
-        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f"expected (H, W, 1 or 3) uint8 or uint16, found {pixels.shape} {pixels.dtype}")
+        if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.dtype not in PIXEL_TYPES:
+            raise ValueError(
+                f"expected (H, W, 1 or 3) uint8, uint16 or float32, found {pixels.shape} {pixels.dtype}"
+            )
         if alpha is not None and (alpha.shape != pixels.shape[:2] or alpha.dtype != pixels.dtype):
             raise ValueError(
                 f"expected alpha {pixels.shape[:2]} {pixels.dtype}, found {alpha.shape} {alpha.dtype}"
@@ -39,11 +47,22 @@ class Image:
         return int(self.pixels.shape[1])
 
     def eight_bit(self) -> "Image":
-        """The same picture in uint8; 16-bit values are rounded, white stays white."""
+        """The same picture in uint8; deeper values are rounded, white stays white, floats are clipped."""
         if self.pixels.dtype == np.uint8:
             return self
         alpha = None if self.alpha is None else round_to_8_bits(self.alpha)
         return replace(self, pixels=round_to_8_bits(self.pixels), alpha=alpha)
+
+    def sixteen_bit(self) -> "Image":
+        """The same picture in uint16, floats clipped to black and white; 8 bits are stretched exactly."""
+
+        def stretched(values: np.ndarray) -> np.ndarray:
+            if values.dtype == np.float32:
+                return (np.clip(values, 0, 1) * 65535 + 0.5).astype(np.uint16)
+            return values.astype(np.uint16) * (257 if values.dtype == np.uint8 else 1)
+
+        alpha = None if self.alpha is None else stretched(self.alpha)
+        return replace(self, pixels=stretched(self.pixels), alpha=alpha)
 
     def opaque(self) -> "Image":
         """The picture in uint8 laid over white."""
@@ -61,7 +80,9 @@ class Image:
 
 
 def round_to_8_bits(values: np.ndarray) -> np.ndarray:
-    """uint16 0..65535 to uint8 0..255, to the nearest; 65535 = 255 * 257 has no ties."""
+    """uint16 0..65535 or float32 0..1 to uint8 0..255, to the nearest; 65535 = 255 * 257 has no ties."""
+    if values.dtype == np.float32:
+        return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
@@ -70,3 +91,12 @@ def over_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     weight = alpha[:, :, None].astype(np.uint32)
     blended = pixels * weight + 255 * (255 - weight)
     return ((blended + 127) // 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of an animation, or one page of a document."""
+
+    image: Image
+    seconds: float = 0.0
+    """How long it is shown; 0 for a page."""

@@ -4,6 +4,7 @@
         manifest.parquet    one row per listed input, written once per start
         pending.parquet     those rows that this start has to do
         status/*.parquet    one row per finished input, appended while the run goes on
+        engine.json         the number type that this run and its reruns compute in
         report.json         the sums, written last
 
 A run is its input, its model and the options that change a pixel, so the same command is the same run. Rows
@@ -16,8 +17,9 @@ import io
 import json
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -27,11 +29,9 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from kdsr.errors import RequestError
+from kdsr.errors import KeyExists, RequestError
+from kdsr.naming import RECORDS, Naming, Selection, Targets, is_junk
 from kdsr.store import ObjectInfo, Store
-
-RECORDS = "_kdsr"
-"""Folder under an output that holds records, never images."""
 
 ROW_GROUP_ROWS = 32_768
 
@@ -62,13 +62,22 @@ class Status:
     stage: str = ""
     """Where it failed: download, decode, upscale, encode or upload."""
     error_class: str = ""
-    """corrupt, unsupported, too_large, missing, store, worker_died or internal; empty when done."""
+    """corrupt, unsupported, too_large, store or internal; empty when done."""
     message: str = ""
     seconds: float = 0.0
     megapixels: float = 0.0
     """Of the result."""
     output_bytes: int = 0
     output_etag: str = ""
+    attempts: int = 1
+    """How often it was begun, worker deaths included."""
+    download_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    net_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    upload_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Spent waiting for memory that other images held."""
 
 
 TASK_SCHEMA = pa.schema(
@@ -94,6 +103,11 @@ STATUS_SCHEMA = pa.schema(
         ("megapixels", pa.float64()),
         ("output_bytes", pa.int64()),
         ("output_etag", pa.string()),
+        ("attempts", pa.int64()),
+        *[
+            (f"{stage}_seconds", pa.float64())
+            for stage in ("download", "decode", "net", "encode", "upload", "wait")
+        ],
     ]
 )
 
@@ -106,9 +120,9 @@ def run_id(input_uri: str, *, model_sha256: str, options: Mapping[str, Any]) -> 
     return _digest(input_uri, model_sha256, json.dumps(options, sort_keys=True))[:16]
 
 
-def task_id(info: ObjectInfo, run: str) -> str:
-    """Name of one input in a run: another content under the same key is another task."""
-    return _digest(run, info.key, info.etag)[:32]
+def task_id(info: ObjectInfo, run: str, target: str) -> str:
+    """Name of one input in a run: another content, or another place of the result, is another task."""
+    return _digest(run, info.key, info.etag, target)[:32]
 
 
 def _digest(*parts: str) -> str:
@@ -117,50 +131,46 @@ def _digest(*parts: str) -> str:
 
 # ---------------------------------------------------------------- which inputs, and where they go
 
-_JUNK_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-_JUNK_FOLDERS = {"__macosx", "$recycle.bin", "@eadir", "system volume information", RECORDS}
 
+def list_tasks(
+    source: Store,
+    *,
+    output_uri: str,
+    run: str,
+    naming: Naming = Naming(),
+    selection: Selection = Selection(),
+    limit: int | None = None,
+) -> Iterator[Task]:
+    """One task for each wanted input under `source`, streamed; the first `limit` of them.
 
-def is_junk(key: str) -> bool:
-    """Whether `key` is what systems leave beside pictures: hidden, a cache, or a record of kdsr itself."""
-    *folders, name = key.split("/")
-    if any(part.startswith(".") for part in [*folders, name]):
-        return True
-    return name.lower() in _JUNK_NAMES or any(folder.lower() in _JUNK_FOLDERS for folder in folders)
-
-
-def target_key(key: str) -> str:
-    """Where the result of `key` goes: under the same relative key.
-
-    A result has the format of its input, so the name stays true, and no two inputs ever share a target.
-    """
-    return key
-
-
-def list_tasks(source: Store, *, output_uri: str, run: str) -> Iterator[Task]:
-    """One task for each input under `source`, streamed.
-
-    Junk is left out, and so is everything below `output_uri` when the output lies inside the input. Raises
-    RequestError when output and input are one place, a result would replace an input, or there is no input.
+    What is below `output_uri` is left out when the output lies inside the input. Raises RequestError when
+    output and input are one place, a result would replace an input, or there is no input.
     """
     inner = _path_below(output_uri, source.uri)
     if inner == "":
         raise RequestError(f"output {output_uri} is the input itself; results would replace their originals")
     outer = _path_below(source.uri, output_uri)
+
+    def wanted() -> Iterator[ObjectInfo]:
+        for info in source.list():
+            if info.key in selection and not (inner is not None and info.key.startswith(f"{inner}/")):
+                yield info
+
+    targets = Targets(naming, lambda: (info.key for info in wanted()))
     found = False
-    for info in source.list():
-        if is_junk(info.key) or (inner is not None and info.key.startswith(f"{inner}/")):
-            continue
-        target = target_key(info.key)
+    for info in islice(wanted(), limit):
+        target = targets[info.key]
         if outer is not None and target.startswith(f"{outer}/"):
             raise RequestError(
                 f"the result of {info.key} would be written to {output_uri}/{target}, which is inside the "
                 f"input; choose an output that is not a folder above the input"
             )
         found = True
-        yield Task(task_id(info, run), info.key, info.etag, info.size, target)
+        yield Task(task_id(info, run, target), info.key, info.etag, info.size, target)
     if not found:
-        raise RequestError(f"there is nothing to upscale under {source.uri}; check the input")
+        raise RequestError(
+            f"there is nothing to upscale under {source.uri}; check input, include and exclude"
+        )
 
 
 def _path_below(uri: str, base: str) -> str | None:
@@ -210,6 +220,12 @@ class Report:
     """The first of them, each with its cause; all of them are in the status rows."""
     output_megapixels: float
     seconds: float
+    precision: str = ""
+    """Number type of the network."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Where the time of all images went, added up over threads."""
+    replay: str = ""
+    """The command that does just the failed ones again; empty when none failed."""
 
     @property
     def missing(self) -> int:
@@ -220,6 +236,11 @@ class Report:
     def ok(self) -> bool:
         """Whether there is a good result for every input."""
         return self.failed == 0 and self.missing == 0
+
+    def profile(self) -> str:
+        """Where the time went, as a table. Stages of images overlap, so they may add up to more."""
+        lines = [f"{stage:<14}{spent:>10.2f} s" for stage, spent in self.stage_seconds.items()]
+        return "\n".join([*lines, f"{'wall clock':<14}{self.seconds:>10.2f} s"])
 
     def sentence(self) -> str:
         """For the person who waits."""
@@ -268,6 +289,55 @@ class Records:
                 pending.write([task for task, skip in zip(group, is_done, strict=True) if not skip])
                 listed, skipped = listed + len(group), skipped + int(is_done.sum())
         return Plan(listed, skipped)
+
+    def failed_only(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Those of `tasks` whose last row says failed. Raises RequestError when there is none."""
+        failed, done = DigestSet(), DigestSet()
+        for table in self._status_tables():
+            is_done = pyarrow.compute.equal(table["status"], "done")
+            done.add(table.filter(is_done)["id"].to_pylist())
+            failed.add(table.filter(pyarrow.compute.invert(is_done))["id"].to_pylist())
+        found = False
+        for group in _grouped(tasks, ROW_GROUP_ROWS):
+            ids = [task.id for task in group]
+            for task, replay in zip(group, failed.contains(ids) & ~done.contains(ids), strict=True):
+                found = found or bool(replay)
+                if replay:
+                    yield task
+        if not found:
+            raise RequestError("nothing failed in earlier starts of this run; leave retry_failed out")
+
+    def precision(self, choose: Callable[[], str]) -> str:
+        """The number type of this run: what an earlier start chose, else what `choose` says now."""
+        key = f"{self.folder}/engine.json"
+        if not self._output.exists(key):
+            with suppress(KeyExists):
+                self._output.create(key, json.dumps({"precision": choose()}).encode())
+        return str(json.loads(self._output.get(key))["precision"])
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Key and trouble of each result that should be there and is not as any row says it was written."""
+        existing, intact = self._existing_outputs(), DigestSet()
+        for rows in self._done_rows():
+            matches = existing.contains([_version(row["target"], row["output_etag"]) for row in rows])
+            intact.add(_digest(row["target"])[:32] for row, fits in zip(rows, matches, strict=True) if fits)
+        told: set[str] = set()
+        for rows in self._done_rows():
+            fits = intact.contains([_digest(row["target"])[:32] for row in rows])
+            for target in {row["target"] for row, fit in zip(rows, fits, strict=True) if not fit} - told:
+                told.add(target)
+                yield target, "changed since" if self._output.exists(target) else "missing"
+
+    def num_done(self) -> int:
+        """How many results the ledger knows."""
+        ids = DigestSet()
+        for rows in self._done_rows():
+            ids.add(_digest(row["target"])[:32] for row in rows)
+        return len(ids)
+
+    def _done_rows(self) -> Iterator[list[dict[str, Any]]]:
+        for table in self._status_tables():
+            yield table.filter(pyarrow.compute.equal(table["status"], "done")).to_pylist()
 
     def append(self, statuses: Sequence[Status]) -> None:
         """Add finished rows to the ledger. What is in it survives the driver."""
@@ -352,11 +422,19 @@ class DigestSet:
         """Add any number of digests; they are streamed."""
         self._added.extend(map(_packed, _grouped(digests, ROW_GROUP_ROWS)))
 
-    def contains(self, digests: Sequence[str]) -> np.ndarray:
-        """For each digest, whether it was added. (N,) bool."""
+    def __len__(self) -> int:
+        """How many different digests there are."""
+        self._settle()
+        return len(np.unique(self._sorted))
+
+    def _settle(self) -> None:
         if self._added:
             self._sorted = np.sort(np.concatenate([self._sorted, *self._added]))
             self._added = []
+
+    def contains(self, digests: Sequence[str]) -> np.ndarray:
+        """For each digest, whether it was added. (N,) bool."""
+        self._settle()
         if not len(self._sorted) or not digests:
             return np.zeros(len(digests), dtype=bool)
         wanted = _packed(digests)

@@ -35,6 +35,10 @@ class Box:
         """What cuts the box out of an array (H, W, ...)."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
+    def shifted(self, rows: int, columns: int) -> "Box":
+        """The box so many rows down and columns to the right."""
+        return Box(self.top + rows, self.left + columns, self.bottom + rows, self.right + columns)
+
     def scaled(self, scale: int) -> "Box":
         """The same place in an image `scale` times as large."""
         return Box(self.top * scale, self.left * scale, self.bottom * scale, self.right * scale)
@@ -77,6 +81,25 @@ def plan(height: int, width: int, *, tile_size: int, halo: int, multiple_of: int
         for row in rows
         for column in columns
     ]
+
+
+def split(tile: Tile, *, tile_size: int, halo: int, multiple_of: int = 1) -> list[Tile]:
+    """Tiles whose cores, at most `tile_size` high and wide, cover the core of `tile` once.
+
+    They read nothing that it does not read; `halo` and `multiple_of` are those that it was planned with.
+    """
+    outer, core = tile.read, tile.core
+    pieces = plan(core.height, core.width, tile_size=tile_size, halo=0)
+    return [_part(piece.core.shifted(core.top, core.left), outer, halo, multiple_of) for piece in pieces]
+
+
+def _part(core: Box, outer: Box, halo: int, multiple_of: int) -> Tile:
+    """The tile around `core` that reads its halo as far as `outer` has it."""
+    top = max(core.top - halo, outer.top) // multiple_of * multiple_of
+    left = max(core.left - halo, outer.left) // multiple_of * multiple_of
+    bottom = -(-(core.bottom + halo) // multiple_of) * multiple_of
+    right = -(-(core.right + halo) // multiple_of) * multiple_of
+    return Tile(read=Box(top, left, min(bottom, outer.bottom), min(right, outer.right)), core=core)
 
 
 @dataclass(frozen=True)

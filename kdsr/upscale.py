@@ -1,45 +1,103 @@
-"""Every output pixel: an image through an engine, tile by tile, and an object from store to store.
+"""Every output pixel: an image of any depth through an engine, tile by tile, with its transparency.
 
-Knows no Ray, no formats but through the codecs, and no network but through its engine.
+An image goes through whole, or in bands of rows that give the same bytes. Knows no Ray, no files, and no
+network but through its engine.
 """
 
+import math
 import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from kdsr import codecs
 from kdsr.engine import Engine
-from kdsr.errors import (
-    ImageCorrupt,
-    ImageTooLarge,
-    ImageUnsupported,
-    KeyNotFound,
-    RequestError,
-    StoreError,
-)
+from kdsr.errors import ImageUnsupported, RequestError
 from kdsr.image import Image
-from kdsr.manifest import Status, Task
-from kdsr.store import Store
-from kdsr.tiles import Tile, plan
+from kdsr.tiles import Box, Tile, plan, split
 
-MIN_TILE_SIZE = 128
-"""Activations of such a tile stay in a CPU's cache; measured as fast as larger ones or faster."""
+MIN_TILE_SIZE = 512
+"""Smaller tiles spend more on their halo than they gain by staying in a CPU's cache."""
+
+SMALLEST_TILE_SIZE = 16
+"""A tile is not made smaller than this when memory is short."""
+
+BYTES_PER_OUTPUT_PIXEL = 300
+"""Memory that a network needs for a pixel of its output while it runs; the bundled ones took 36 to 273."""
+
+BLEED_LEVELS = 7
+"""Colours reach 2 ** (this - 1) = 64 pixels under a transparent edge, more than the halo of any network."""
+
+PLAIN_RADIUS = 2
+"""Alpha is kept exactly where it is the same all over the (2 * this + 1) pixels square around a pixel."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The range of an image's numbers that the network sees as 0 to 1."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def to_unit(self, values: np.ndarray) -> np.ndarray:
+        """float32 from low..high to 0..1."""
+        if self == UNIT:
+            return values
+        return (values - np.float32(self.low)) * np.float32(1 / (self.high - self.low))
+
+    def from_unit(self, values: np.ndarray) -> np.ndarray:
+        """float32 from 0..1 to low..high."""
+        if self == UNIT:
+            return values
+        return values * np.float32(self.high - self.low) + np.float32(self.low)
+
+
+UNIT = Levels()
+
+
+def levels_of(low: float, high: float) -> Levels:
+    """Those of a float image with values from `low` to `high`: 0 to 1, unless values lie outside.
+
+    Raises ImageUnsupported when they are not finite.
+    """
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ImageUnsupported(
+            "the image has pixels that are not finite (NaN or infinity); replace them and try again"
+        )
+    return UNIT if low >= 0 and high <= 1 else Levels(min(low, 0.0), max(high, 1.0))
+
+
+def range_of(values: np.ndarray) -> tuple[float, float]:
+    """Least and greatest value; NaN when one of them is."""
+    return float(values.min()), float(values.max())
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of an image that go through the network together; all rows are counted in input pixels."""
+
+    top: int
+    bottom: int
+    """The rows that it gives, `bottom` just outside."""
+    read_top: int
+    read_bottom: int
+    """The rows that it needs."""
+    tiles: tuple[Tile, ...]
 
 
 class Upscaler:
     """Images of any size through one engine. Safe to share between threads.
 
-    `tile_size` is the height and width of a tile's core in LR pixels. When not set it is 128, or so many
-    times the halo that the halo costs little. Up to `batch_size` tiles of one shape go through the engine
-    at once. Tiles run in `compute`; in the caller's thread when it is not given.
+    `tile_size` is the height and width of a tile's core in LR pixels. When not set it is 512, or so many
+    times the halo that the halo costs little, on any machine: bytes depend on its memory only where that is
+    very short, see `fitting`. Up to
+    `batch_size` tiles of one shape, or more small ones with no more pixels, go through the engine at once,
+    those of different images too. When the engine runs out of memory both are halved, the batch first, for
+    this image and all later ones. Tiles run in `compute`; in the caller's thread when it is not given.
     """
 
     def __init__(
@@ -47,71 +105,165 @@ class Upscaler:
         engine: Engine,
         *,
         tile_size: int | None = None,
-        batch_size: int = 4,
+        batch_size: int = 1,
         compute: Executor | None = None,
     ) -> None:
         self.engine = engine
         self._tile_size = tile_size or max(MIN_TILE_SIZE, 8 * engine.receptive_radius)
-        self._batch_size = batch_size
+        self._largest_tile, self._batch_size = fitting(
+            self._tile_size, batch_size, engine=engine, memory_bytes=available_bytes()
+        )
         self._compute = compute
+        self._queue = _Queue()
 
     def upscale(self, image: Image) -> Image:
-        """`image` (h, w) to (h*scale, w*scale), grey as grey, alpha through the same network, metadata kept.
+        """`image` (h, w) to (h*scale, w*scale), same depth, grey as grey, metadata kept.
 
-        Raises RequestError for a colour image and a network for grey ones, ImageUnsupported for 16 bits,
-        DataError when the network's output is not finite.
+        Alpha goes through the same network, and where it is plain it stays exactly so. Colours under what
+        is fully transparent are made up from what is visible beside it. Float images with values outside
+        [0, 1] are brought there by their own range for the network, and back.
+        Raises RequestError for a colour image and a network for grey ones, ImageUnsupported for floats that
+        are not finite, DataError when the network's output is not finite.
         """
-        if image.pixels.dtype != np.uint8:
-            raise ImageUnsupported(f"{image.pixels.dtype} pixels cannot be upscaled yet; convert to 8 bits")
-        alpha = None if image.alpha is None else self._upscale_alpha(image.alpha)
-        return replace(image, pixels=self._upscale_pixels(image.pixels), alpha=alpha)
+        is_float = image.pixels.dtype == np.float32
+        levels = levels_of(*range_of(image.pixels)) if is_float else UNIT
+        tiles = tuple(self._plan(image.height, image.width))
+        return self.upscale_band(image, Band(0, image.height, 0, image.height, tiles), levels=levels)
 
-    def _upscale_alpha(self, alpha: np.ndarray) -> np.ndarray:
-        """(h, w) to (h*scale, w*scale). A plain one stays exactly as it is, opaque above all."""
-        scale = self.engine.scale
-        if alpha.min() == alpha.max():
-            return np.full((alpha.shape[0] * scale, alpha.shape[1] * scale), alpha.flat[0])
-        return self._upscale_pixels(alpha[:, :, None])[:, :, 0]
+    def bands(self, height: int, width: int, *, has_alpha: bool) -> list[Band]:
+        """Rows of tiles that together are `upscale` of an image of that size, to the byte."""
+        by_top: dict[int, list[Tile]] = defaultdict(list)
+        for tile in self._plan(height, width):
+            by_top[tile.core.top].append(tile)
+        return [_band(tiles, height, has_alpha=has_alpha) for tiles in by_top.values()]
 
-    def _upscale_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """(h, w, C) uint8 to (h*scale, w*scale, C); C is 1, or what the engine takes."""
-        height, width, channels = pixels.shape
-        if channels > self.engine.channels:
-            raise RequestError(
-                "the network is for grey images and this one has colours; use a network with 3 channels"
-            )
-        sr = np.empty((height * self.engine.scale, width * self.engine.scale, channels), dtype=np.uint8)
-        tiles = plan(
+    def upscale_band(self, rows: Image, band: Band, *, levels: Levels) -> Image:
+        """`rows` (read_bottom - read_top, w) to ((bottom - top)*scale, w*scale); see `upscale`."""
+        alpha = None
+        pixels = rows.pixels
+        if rows.alpha is not None:
+            pixels = bleed(pixels, rows.alpha)
+            alpha = self._upscale_alpha(rows.alpha, band)
+        return replace(rows, pixels=self._upscale_pixels(pixels, band, levels), alpha=alpha)
+
+    def _plan(self, height: int, width: int) -> list[Tile]:
+        return plan(
             height,
             width,
             tile_size=self._tile_size,
             halo=self.engine.receptive_radius,
             multiple_of=self.engine.multiple_of,
         )
-        self._run_all(lambda batch: self._upscale_tiles(batch, pixels, sr), self._batches(tiles))
-        return sr
 
-    def _batches(self, tiles: Sequence[Tile]) -> Iterator[list[Tile]]:
-        """Tiles whose read boxes have one shape, at most `batch_size` of them."""
-        by_shape: dict[tuple[int, int], list[Tile]] = defaultdict(list)
-        for tile in tiles:
-            by_shape[tile.read.shape].append(tile)
-        for same_shape in by_shape.values():
-            for first in range(0, len(same_shape), self._batch_size):
-                yield same_shape[first : first + self._batch_size]
+    def _upscale_pixels(self, pixels: np.ndarray, band: Band, levels: Levels) -> np.ndarray:
+        """(h, w, C) of any type to ((bottom - top)*scale, w*scale, C); C is 1, or what the engine takes."""
+        if pixels.shape[2] > self.engine.channels:
+            raise RequestError(
+                "the network is for grey images and this one has colours; use a network with 3 channels"
+            )
+        job = _Job(levels.to_unit(pixels), self._empty(pixels, band), band)
+        self._run_all(job, band.tiles)
+        return levels.from_unit(job.sr)
 
-    def _run_all(self, work: Callable[[Sequence[Tile]], None], batches: Iterator[Sequence[Tile]]) -> None:
-        run = map if self._compute is None else self._compute.map
-        for _ in run(work, batches):
-            pass
-
-    def _upscale_tiles(self, tiles: Sequence[Tile], pixels: np.ndarray, sr: np.ndarray) -> None:
-        """Run `tiles` of `pixels` and put their cores into `sr`."""
-        crops = np.stack([pixels[tile.read.slices] for tile in tiles])
+    def _upscale_alpha(self, alpha: np.ndarray, band: Band) -> np.ndarray:
+        """(h, w) to ((bottom - top)*scale, w*scale), exactly as it is where it is plain."""
         scale = self.engine.scale
-        for tile, result in zip(tiles, self._run(crops), strict=True):
-            core = tile.core.within(tile.read).scaled(scale)
-            sr[tile.core.scaled(scale).slices] = result[core.slices]
+        kept = slice(band.top - band.read_top, band.bottom - band.read_top)
+        sr = _enlarged(alpha[kept], scale)
+        is_plain = _is_plain(alpha)
+        if is_plain.all():
+            return sr
+        job = _Job(alpha[:, :, None], self._empty(alpha[:, :, None], band), band)
+        self._run_all(job, [tile for tile in band.tiles if not is_plain[job.rows(tile.core)].all()])
+        np.copyto(sr, job.sr[:, :, 0], where=~_enlarged(is_plain[kept], scale))
+        return sr.clip(0, 1) if sr.dtype == np.float32 else sr
+
+    def _empty(self, pixels: np.ndarray, band: Band) -> np.ndarray:
+        scale = self.engine.scale
+        shape = ((band.bottom - band.top) * scale, pixels.shape[1] * scale, pixels.shape[2])
+        return np.empty(shape, dtype=pixels.dtype)
+
+    def _run_all(self, job: "_Job", tiles: Iterable[Tile]) -> None:
+        """Fill `job.sr` with `tiles`. Raises what the engine raised for the first one that failed."""
+        requests = [_Request(tile, job) for tile in tiles]
+        queue = _Queue() if self._compute is None else self._queue
+        queue.put(requests)
+        for _ in requests:
+            if self._compute is None:
+                self._run_next(queue)
+            else:
+                self._compute.submit(self._run_next, queue)
+        for request in requests:
+            request.finished.wait()
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+
+    def _run_next(self, queue: "_Queue") -> None:
+        """Run some waiting tiles of one shape, of any image; nothing when others have run them all."""
+        largest = self._tile_size + 2 * self.engine.receptive_radius
+        requests = queue.take(max_pixels=self._batch_size * largest**2)
+        try:
+            self._upscale_tiles(requests)
+        except Exception:  # noqa: BLE001 tried again one by one: other images must not fail with one
+            for request in requests:
+                self._run_alone(request)
+        finally:
+            for request in requests:
+                request.finished.set()
+
+    def _run_alone(self, request: "_Request") -> None:
+        try:
+            self._upscale_tiles([request])
+        except Exception as error:  # noqa: BLE001 raised again where the image is waited for
+            request.error = error
+
+    def _upscale_tiles(self, requests: Sequence["_Request"]) -> None:
+        """Run tiles of one shape and put their cores in place; in smaller parts where memory is short."""
+        if not requests:
+            return
+        largest = max(max(request.tile.core.shape) for request in requests)
+        if largest > self._largest_tile:
+            self._upscale_parts(requests)
+            return
+        try:
+            results = self._run(np.stack([request.crop() for request in requests]))
+        except (MemoryError, RuntimeError) as error:
+            if not self._can_shrink(error, len(requests), largest):
+                raise
+            results = None
+        if results is None:  # Not within `except`: the error holds on to what did not fit.
+            self._upscale_parts(requests)
+            return
+        for request, result in zip(requests, results, strict=True):
+            request.keep(result, self.engine.scale)
+
+    def _upscale_parts(self, requests: Sequence["_Request"]) -> None:
+        if len(requests) > 1:
+            middle = len(requests) // 2
+            self._upscale_tiles(requests[:middle])
+            self._upscale_tiles(requests[middle:])
+            return
+        parts = split(
+            requests[0].tile,
+            tile_size=self._largest_tile,
+            halo=self.engine.receptive_radius,
+            multiple_of=self.engine.multiple_of,
+        )
+        for part in parts:
+            self._upscale_tiles([_Request(part, requests[0].job)])
+
+    def _can_shrink(self, error: Exception, num_tiles: int, largest: int) -> bool:
+        """Halve the batch, or the tile when it is alone, and remember; False when that is no answer."""
+        if not _is_out_of_memory(error):
+            return False
+        if num_tiles > 1:
+            self._batch_size = min(self._batch_size, num_tiles // 2)
+            return True
+        if largest <= SMALLEST_TILE_SIZE:
+            return False
+        self._largest_tile = min(self._largest_tile, max(largest // 2, SMALLEST_TILE_SIZE))
+        return True
 
     def _run(self, crops: np.ndarray) -> np.ndarray:
         """(N, h, w, C) through the engine, with the sizes and the channels that it takes."""
@@ -122,149 +274,40 @@ class Upscaler:
         return _mean_channel(sr) if is_grey_in_colour else sr
 
 
-def _padded(crops: np.ndarray, multiple_of: int) -> np.ndarray:
-    """`crops` (N, h, w, C) mirrored at the bottom and right up to multiples of `multiple_of`."""
-    bottom, right = -crops.shape[1] % multiple_of, -crops.shape[2] % multiple_of
-    if not (bottom or right):
-        return crops
-    return np.pad(crops, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="reflect")
+def fitting(tile_size: int, batch_size: int, *, engine: Engine, memory_bytes: int | None) -> tuple[int, int]:
+    """Tile size and batch with which one call of the engine takes at most a quarter of `memory_bytes`.
 
-
-def _mean_channel(sr: np.ndarray) -> np.ndarray:
-    """(N, H, W, C) uint8 to the rounded mean (N, H, W, 1)."""
-    channels = sr.shape[3]
-    total = sr.sum(axis=3, dtype=np.uint16, keepdims=True)
-    return ((total + channels // 2) // channels).astype(np.uint8)
-
-
-# ---------------------------------------------------------------- objects in stores
-
-
-class PixelBudget:
-    """Lets images in until together they have `limit` pixels, and one of any size when it is alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._taken = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def take(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room for `pixels`, and keep it for the length of the block."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken == 0 or self._taken + pixels <= self._limit)
-            self._taken += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= pixels
-                self._changed.notify_all()
-
-
-@dataclass(frozen=True)
-class ObjectUpscaler:
-    """Objects of `source` to objects of `target`, each in the format of its input.
-
-    Meant to be called from several threads: while one waits for the network, others download, decode,
-    encode and write.
+    The batch is halved first, since bytes do not depend on it, then the tile, down to `SMALLEST_TILE_SIZE`.
+    Where the memory is not known both stay.
     """
 
-    source: Store
-    target: Store
-    upscaler: Upscaler
-    max_pixels: int
-    """Larger inputs fail before they are decoded."""
-    quality: int
-    """Of JPEG and WebP."""
-    budget: PixelBudget
-    """Output pixels that all threads together hold in memory."""
+    def needed() -> int:
+        side = (tile_size + 2 * engine.receptive_radius) * engine.scale
+        return batch_size * side**2 * BYTES_PER_OUTPUT_PIXEL
 
-    def upscale(self, task: Task) -> Status:
-        """Do `task` and say what became of it; a failure is a row like any other and is not raised."""
-        began = time.perf_counter()
-        try:
-            status = self._upscale(task)
-        except _StageFailed as failure:
-            status = Status(
-                task.id,
-                task.key,
-                task.target,
-                "failed",
-                stage=failure.stage,
-                error_class=error_class(failure.cause, task.key),
-                message=str(failure.cause) or type(failure.cause).__name__,
-            )
-        return replace(status, seconds=time.perf_counter() - began)
-
-    def _upscale(self, task: Task) -> Status:
-        with _stage("download"):
-            self._check_size(task)
-            data = self.source.get(task.key)
-        with _stage("decode"):
-            header = codecs.probe(data)
-        output_pixels = header.height * header.width * self.upscaler.engine.scale**2
-        with self.budget.take(output_pixels):
-            with _stage("decode"):
-                image = codecs.decode(data, max_pixels=self.max_pixels)
-            with _stage("upscale"):
-                sr = self.upscaler.upscale(image)
-            with _stage("encode"):
-                encoded = codecs.encode(sr, format=header.format, quality=self.quality)
-            with _stage("upload"):
-                info = self.target.put(task.target, encoded)
-        return Status(
-            task.id,
-            task.key,
-            task.target,
-            "done",
-            megapixels=output_pixels / 1e6,
-            output_bytes=info.size,
-            output_etag=info.etag,
-        )
-
-    def _check_size(self, task: Task) -> None:
-        """Raise ImageTooLarge for an object that cannot be an image of `max_pixels`, before it is read."""
-        # 16 bits of red, green, blue and alpha for every pixel, and room for what lies beside them.
-        limit = 8 * self.max_pixels + 64 * 2**20
-        if task.size > limit:
-            raise ImageTooLarge(
-                f"{task.size} bytes are more than the {limit} that an image of max_pixels {self.max_pixels} "
-                f"can have; raise it if the image is wanted"
-            )
+    while memory_bytes is not None and needed() > memory_bytes // 4:
+        if batch_size > 1:
+            batch_size //= 2
+        elif tile_size > SMALLEST_TILE_SIZE:
+            tile_size = max(tile_size // 2, SMALLEST_TILE_SIZE)
+        else:
+            break
+    return tile_size, batch_size
 
 
-def error_class(error: Exception, key: str) -> str:
-    """One word for the cause of a failed row: see `kdsr.manifest.Status`."""
-    if isinstance(error, ImageCorrupt):
-        # What neither calls itself an image nor is one was never a broken image.
-        is_named_image = PurePosixPath(key).suffix.lower() in codecs.SUFFIXES
-        return "corrupt" if is_named_image else "unsupported"
-    return next((name for kind, name in _ERROR_CLASSES.items() if isinstance(error, kind)), "internal")
-
-
-_ERROR_CLASSES: dict[type[Exception], str] = {
-    ImageTooLarge: "too_large",
-    ImageUnsupported: "unsupported",
-    RequestError: "unsupported",
-    KeyNotFound: "missing",
-    StoreError: "store",
-}
-
-
-class _StageFailed(Exception):
-    def __init__(self, stage: str, cause: Exception) -> None:
-        super().__init__(stage)
-        self.stage, self.cause = stage, cause
-
-
-@contextmanager
-def _stage(name: str) -> Iterator[None]:
-    """Say in which stage an image failed, whatever the reason."""
+def available_bytes() -> int | None:
+    """Memory that this process may still take, within its container; None where Linux is not there to ask."""
     try:
-        yield
-    except Exception as error:
-        raise _StageFailed(name, error) from error
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        container = Path("/sys/fs/cgroup")
+        limit = int((container / "memory.max").read_text("ascii"))
+        return min(free, limit - int((container / "memory.current").read_text("ascii")))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
 
 
 def compute_threads(num_threads: int) -> ThreadPoolExecutor:
@@ -276,3 +319,188 @@ def compute_threads(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
         num_threads, thread_name_prefix="tiles", initializer=torch.set_num_threads, initargs=(1,)
     )
+
+
+# ---------------------------------------------------------------- tiles of arrays
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Rows of an image on their way through the engine."""
+
+    pixels: np.ndarray
+    """(h, w, C), the rows that the band reads."""
+    sr: np.ndarray
+    """(H, W, C), the rows that it gives, filled core by core."""
+    band: Band
+
+    def rows(self, box: Box) -> tuple[slice, slice]:
+        """What cuts `box` out of `pixels`."""
+        return box.shifted(-self.band.read_top, 0).slices
+
+
+@dataclass(eq=False)
+class _Request:
+    """One tile that waits for the engine."""
+
+    tile: Tile
+    job: _Job
+    finished: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+    def crop(self) -> np.ndarray:
+        """(h, w, C): what the tile reads."""
+        return self.job.pixels[self.job.rows(self.tile.read)]
+
+    def keep(self, result: np.ndarray, scale: int) -> None:
+        """Put the core of `result` (h*scale, w*scale, C) in its place."""
+        core = self.tile.core.within(self.tile.read).scaled(scale)
+        place = self.tile.core.shifted(-self.job.band.top, 0).scaled(scale)
+        self.job.sr[place.slices] = result[core.slices]
+
+
+class _Queue:
+    """Tiles that wait, by shape and type: any of a kind can go through the engine at once."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[Hashable, deque[_Request]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def put(self, requests: Iterable[_Request]) -> None:
+        """Add tiles at the end."""
+        with self._lock:
+            for request in requests:
+                pixels = request.job.pixels
+                kind = (request.tile.read.shape, pixels.shape[2], pixels.dtype)
+                self._waiting.setdefault(kind, deque()).append(request)
+
+    def take(self, *, max_pixels: int) -> list[_Request]:
+        """Some tiles of the kind whose turn it is, at least one unless there is none."""
+        with self._lock:
+            if not self._waiting:
+                return []
+            kind, requests = self._waiting.popitem(last=False)
+            number = max(1, max_pixels // math.prod(requests[0].tile.read.shape))
+            taken = [requests.popleft() for _ in range(min(number, len(requests)))]
+            if requests:
+                self._waiting[kind] = requests
+            return taken
+
+
+def _band(tiles: Sequence[Tile], height: int, *, has_alpha: bool) -> Band:
+    """The rows of tiles that stand side by side."""
+    read_top, read_bottom = tiles[0].read.top, tiles[0].read.bottom
+    if has_alpha:
+        # Whole blocks of the coarsest level, and the next ones that it looks at: see `bleed`.
+        block = 2 ** (BLEED_LEVELS - 1)
+        read_top = max(read_top // block * block - block, 0)
+        read_bottom = min(-(-read_bottom // block) * block + block, height)
+    return Band(tiles[0].core.top, tiles[0].core.bottom, read_top, read_bottom, tuple(tiles))
+
+
+def _padded(crops: np.ndarray, multiple_of: int) -> np.ndarray:
+    """`crops` (N, h, w, C) mirrored at the bottom and right up to multiples of `multiple_of`."""
+    bottom, right = -crops.shape[1] % multiple_of, -crops.shape[2] % multiple_of
+    if not (bottom or right):
+        return crops
+    return np.pad(crops, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="reflect")
+
+
+def _mean_channel(sr: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) to the mean (N, H, W, 1), rounded for whole numbers."""
+    if sr.dtype == np.float32:
+        return sr.mean(axis=3, keepdims=True)
+    channels = sr.shape[3]
+    total = sr.sum(axis=3, dtype=np.uint16 if sr.dtype == np.uint8 else np.uint32, keepdims=True)
+    return ((total + channels // 2) // channels).astype(sr.dtype)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the machine, had no room. torch has no class of its own for the machine's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+# ---------------------------------------------------------------- transparency
+
+
+def bleed(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`pixels` (H, W, C) with colours under fully transparent ones made up from visible ones nearby.
+
+    Each takes the mean of the visible pixels in the smallest neighbourhood that has any, of 3, 6, 12, ...
+    pixels, up to three times 64. A network would otherwise draw the colour hidden there, often black or
+    white, into the visible edge. Visible pixels, and those far from any, stay exactly as they are.
+    """
+    is_hidden = alpha <= 0
+    if not is_hidden.any() or is_hidden.all():
+        return pixels
+    fills = _fills(pixels, ~is_hidden)
+    bled = pixels.copy()
+    wanted = is_hidden & fills.is_known
+    found = fills.colours[wanted]
+    bled[wanted] = found if pixels.dtype == np.float32 else np.rint(found).astype(pixels.dtype)
+    return bled
+
+
+@dataclass(frozen=True, eq=False)
+class _Fills:
+    """A mean colour (H, W, C) float32 for each pixel or block of pixels, where one is known (H, W)."""
+
+    colours: np.ndarray
+    is_known: np.ndarray
+
+
+def _fills(pixels: np.ndarray, is_visible: np.ndarray) -> _Fills:
+    """For each pixel the mean of the visible ones in the smallest neighbourhood that has any."""
+    counts = is_visible.astype(np.float32)[:, :, None]
+    sums = pixels.astype(np.float32) * counts
+    return _filled(sums, counts, levels=BLEED_LEVELS)
+
+
+def _filled(sums: np.ndarray, counts: np.ndarray, *, levels: int) -> _Fills:
+    """From sums (H, W, C) and counts (H, W, 1) of visible pixels in each block, finest level first."""
+    near_sums, near_counts = _with_neighbours(sums), _with_neighbours(counts)
+    fills = _Fills(near_sums / np.maximum(near_counts, 1), near_counts[:, :, 0] > 0)
+    if levels == 1:
+        return fills
+    coarse = _filled(_halved(sums), _halved(counts), levels=levels - 1)
+    height, width = fills.is_known.shape
+    missing = ~fills.is_known
+    fills.colours[missing] = _enlarged(coarse.colours, 2)[:height, :width][missing]
+    return _Fills(fills.colours, fills.is_known | _enlarged(coarse.is_known, 2)[:height, :width])
+
+
+def _with_neighbours(blocks: np.ndarray) -> np.ndarray:
+    """Each of (H, W, C) plus its eight neighbours."""
+    padded = np.pad(blocks, ((1, 1), (1, 1), (0, 0)))
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    near: np.ndarray = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    return near
+
+
+def _halved(blocks: np.ndarray) -> np.ndarray:
+    """(H, W, C) to the sums of 2 x 2, (H/2, W/2, C), rounded up."""
+    height, width = blocks.shape[:2]
+    even = np.pad(blocks, ((0, height % 2), (0, width % 2), (0, 0)))
+    rows = even[0::2] + even[1::2]
+    halved: np.ndarray = rows[:, 0::2] + rows[:, 1::2]
+    return halved
+
+
+def _is_plain(alpha: np.ndarray) -> np.ndarray:
+    """(H, W) bool: whether all within `PLAIN_RADIUS` of a pixel have its value."""
+    low = high = np.pad(alpha, PLAIN_RADIUS, mode="edge")
+    for axis in (0, 1):
+        low, high = _along(np.minimum, low, axis), _along(np.maximum, high, axis)
+    return low == high
+
+
+def _along(choose: Callable[..., np.ndarray], values: np.ndarray, axis: int) -> np.ndarray:
+    """`choose` over windows of 2 * PLAIN_RADIUS + 1 along `axis`; the axis loses two radii."""
+    length = values.shape[axis] - 2 * PLAIN_RADIUS
+    parts = [values.take(range(first, first + length), axis) for first in range(2 * PLAIN_RADIUS + 1)]
+    return choose.reduce(parts)  # type: ignore[attr-defined]
+
+
+def _enlarged(blocks: np.ndarray, factor: int) -> np.ndarray:
+    """(H, W, ...) to (H*factor, W*factor, ...), each value repeated."""
+    return blocks.repeat(factor, axis=0).repeat(factor, axis=1)

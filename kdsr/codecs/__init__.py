@@ -4,10 +4,22 @@ Everything here works on bytes that somebody else fetched. A message names what 
 the caller knows which one it is.
 """
 
+from dataclasses import replace
+
 from kdsr.codecs import raster
 from kdsr.codecs.colour import to_srgb
-from kdsr.codecs.formats import HEAD_BYTES, SUFFIXES, ImageHeader, identify
+from kdsr.codecs.formats import (
+    HEAD_BYTES,
+    SUFFIXES,
+    ImageHeader,
+    identify,
+    largest_side,
+    output_format,
+    suffix,
+)
+from kdsr.codecs.png import PngWriter
 from kdsr.codecs.raster import decode_png, encode, encode_png
+from kdsr.codecs.sequences import HOLD_FRAMES, count_frames, decode_frames, encode_frames
 from kdsr.errors import ImageTooLarge
 from kdsr.image import Image
 
@@ -15,32 +27,49 @@ __all__ = [
     "HEAD_BYTES",
     "SUFFIXES",
     "ImageHeader",
+    "PngWriter",
+    "can_hold_frames",
     "decode",
+    "decode_frames",
     "decode_png",
     "encode",
+    "encode_frames",
     "encode_png",
     "identify",
+    "largest_side",
+    "output_format",
     "probe",
+    "suffix",
     "to_srgb",
 ]
 
 
+def can_hold_frames(name: str) -> bool:
+    """Whether a file of the format can be an animation or have pages."""
+    return name in HOLD_FRAMES
+
+
 def probe(data: bytes) -> ImageHeader:
     """What the header says; no pixel is decoded. Raises ImageCorrupt or ImageUnsupported."""
-    return raster.probe(data, identify(data))
+    kind = identify(data)
+    header = raster.probe(data, kind)
+    frames, loop = count_frames(data, kind)
+    return replace(header, frames=frames, loop=loop)
 
 
 def decode(data: bytes, *, max_pixels: int) -> Image:
-    """All pixels of the image, upright, in the colour space of its file.
+    """All pixels of the image, upright, in the depth and the colour space of its file.
 
     Raises ImageTooLarge before anything is decoded, ImageCorrupt also when the end of the file is
     missing, ImageUnsupported for kinds of pixels that are not handled. The first frame of several.
     """
-    header = probe(data)
+    kind = identify(data)
+    header = raster.probe(data, kind)
     if header.height * header.width > max_pixels:
         raise ImageTooLarge(
             f"{header.width} x {header.height} pixels are more than max_pixels {max_pixels}; "
             f"raise it if the image is wanted"
         )
-    # Nothing behind this takes 16 bits yet; the codecs already read them.
-    return raster.decode(data, header.format).eight_bit()
+    if kind == "gif":
+        return next(decode_frames(data, max_pixels=max_pixels, max_frames=2**31)).image
+    return raster.decode(data, kind)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
@@ -23,6 +24,15 @@ class SrModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, lr: Tensor) -> Tensor:
         """Upscale `lr`."""
+
+    def before_shuffle(self, lr: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(B, C, h, w) float32 to float32 (B, C*scale*scale, h, w) that a pixel shuffle makes `forward(lr)`.
+
+        None for networks that have no such place. Inference rounds and shuffles bytes then, not floats: a
+        quarter of the memory traffic. The network runs in `dtype`, that of its weights.
+        """
+        del lr, dtype
+        return None
 
     def check_channels(self, lr: Tensor) -> None:
         """Raise RequestError unless `lr` has the channels that the spec names."""

@@ -180,7 +180,7 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_is_done(ray_loc
     answer = ray.get(actor.__call__.remote(manifest.tasks_to_table(tasks)), timeout=200)
     by_key = {status.key: status for status in manifest.table_to_statuses(answer)}
     assert by_key.keys() == set(names)
-    assert by_key.pop("deadly.jpg").error_class == "worker_died"
+    assert by_key.pop("deadly.jpg").error_class == "internal"
     assert all(status.status == "done" for status in by_key.values())
 
 

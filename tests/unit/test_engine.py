@@ -6,7 +6,7 @@ from kdsr.engine import Engine
 from kdsr.errors import DataError, RequestError
 from kdsr.models import build_model
 from kdsr.models.contract import SrModel
-from kdsr.spec import BicubicSpec, EspcnSpec, FsrcnnSpec
+from kdsr.spec import BicubicSpec, EspcnSpec, FsrcnnSpec, RepChainSpec
 
 
 class Constant(SrModel):
@@ -86,7 +86,7 @@ def test_an_output_that_is_not_finite_is_an_error_and_not_a_tile(tiles, value):
         Engine(Constant(value))
     engine = Engine(Constant(0.5))
     with torch.inference_mode():
-        engine._model.value.fill_(value)
+        engine._exact.value.fill_(value)
     with pytest.raises(DataError, match="not finite"):
         engine.run(tiles)
 
@@ -95,13 +95,13 @@ def test_a_grey_network_takes_one_channel(tiles):
     engine = Engine(random_net(EspcnSpec(scale=2, channels=1, num_features=8)))
     assert engine.channels == 1
     assert engine.run(tiles[..., :1]).shape == (3, 40, 48, 1)
-    with pytest.raises(RequestError, match=r"expected uint8 tiles \(N, h, w, 1\)"):
+    with pytest.raises(RequestError, match=r"tiles \(N, h, w, 1\)"):
         engine.run(tiles)
 
 
 def test_other_types_are_refused(tiles):
-    with pytest.raises(RequestError, match="found float32"):
-        Engine(Constant(0.5)).run(tiles.astype(np.float32))
+    with pytest.raises(RequestError, match="found float64"):
+        Engine(Constant(0.5)).run(tiles.astype(np.float64))
 
 
 def test_a_network_that_does_not_keep_its_scale_is_refused():
@@ -119,3 +119,68 @@ def test_the_given_model_is_left_as_it_is():
     Engine(model, precision="bfloat16")
     assert model.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+class OverflowsIn16Bits(Constant):
+    """Right in float32, infinite in a narrower type."""
+
+    def forward(self, lr):
+        sr = super().forward(lr)
+        return sr if lr.dtype == torch.float32 else sr / 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_deeper_tiles_never_pass_8_bits(dtype):
+    white = 65535 if dtype == np.uint16 else 1
+    tiles = (np.random.default_rng(0).random((1, 20, 24, 3)) * white).astype(dtype)
+    model = random_net(FsrcnnSpec(scale=2, num_features=8)).eval()
+    with torch.inference_mode():
+        unit = torch.from_numpy(tiles.astype(np.float32)).permute(0, 3, 1, 2) / white
+        expected = model(unit).permute(0, 2, 3, 1).numpy() * white
+    found = Engine(model, precision="bfloat16").run(tiles)
+    assert found.dtype == dtype
+    if dtype == np.uint16:
+        expected = expected.clip(0, white)
+    assert np.abs(found.astype(np.float64) - expected).max() <= (1 if dtype == np.uint16 else 1e-5)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rounding_before_the_shuffle_changes_no_picture(tiles, scale, precision):
+    model = random_net(RepChainSpec(scale=scale, num_features=16, num_layers=4)).eval()
+    torch.nn.init.normal_(model.layers[-1].kernel, std=0.05)
+    with torch.inference_mode():
+        unit = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+        expected = model(unit).mul(255).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    found = Engine(model, precision=precision).run(tiles).astype(int)
+    assert np.abs(found - expected).max() <= (1 if precision == "float32" else 4)
+
+
+def test_a_type_that_overflows_is_replaced_and_said():
+    engine = Engine(OverflowsIn16Bits(0.5), precision="bfloat16")
+    assert engine.precision == "float32"
+    assert "not finite" in engine.note
+
+
+def test_a_type_that_changes_the_picture_is_replaced_and_said():
+    model = random_net(FsrcnnSpec(scale=2, num_features=8))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    engine = Engine(model, precision="bfloat16")
+    assert engine.precision == "float32"
+    assert "grey levels" in engine.note
+
+
+def test_a_tile_that_is_not_finite_is_done_again_in_float32(tiles):
+    engine = Engine(Constant(0.5), precision="bfloat16")
+    assert engine.precision == "bfloat16"
+    with torch.inference_mode():
+        engine._fast.value.fill_(float("nan"))
+    assert (engine.run(tiles) == 128).all()
+
+
+def test_auto_names_a_type_that_runs():
+    engine = Engine(random_net(EspcnSpec(scale=2, num_features=8)), precision="auto")
+    assert engine.precision in ("float32", "bfloat16")
+    assert engine.note is None or engine.precision == "float32"

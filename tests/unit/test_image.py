@@ -49,8 +49,8 @@ def test_an_opaque_rgb_image_of_8_bits_is_not_copied():
 
 @pytest.mark.parametrize(
     "pixels",
-    [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3), np.float32)],
-    ids=["no channel axis", "alpha among the colours", "float"],
+    [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3), np.float64)],
+    ids=["no channel axis", "alpha among the colours", "double"],
 )
 def test_other_arrays_are_no_image(pixels):
     with pytest.raises(ValueError, match="expected"):

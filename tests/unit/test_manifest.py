@@ -15,16 +15,15 @@ from kdsr.manifest import (
     Report,
     Status,
     Task,
-    is_junk,
     list_tasks,
     run_id,
     statuses_to_table,
     table_to_statuses,
     table_to_tasks,
-    target_key,
     task_id,
     tasks_to_table,
 )
+from kdsr.naming import Naming, Selection
 from kdsr.store import ObjectInfo, open_store
 
 RUN = "0123456789abcdef"
@@ -73,45 +72,15 @@ def test_the_same_command_is_the_same_run_and_any_other_is_not():
 
 def test_another_content_under_the_same_key_is_another_task():
     info = ObjectInfo("a.jpg", 3, "etag")
-    assert task_id(info, RUN) == task_id(ObjectInfo("a.jpg", 3, "etag"), RUN)
-    assert task_id(info, RUN) != task_id(replace(info, etag="other"), RUN)
-    assert task_id(info, RUN) != task_id(replace(info, key="b.jpg"), RUN)
-    assert task_id(info, RUN) != task_id(info, "another run")
+    first = task_id(info, RUN, "a.png")
+    assert first == task_id(ObjectInfo("a.jpg", 3, "etag"), RUN, "a.png")
+    assert first != task_id(replace(info, etag="other"), RUN, "a.png")
+    assert first != task_id(replace(info, key="b.jpg"), RUN, "a.png")
+    assert first != task_id(info, "another run", "a.png")
+    assert first != task_id(info, RUN, "a.jpg.png")
 
 
 # ---------------------------------------------------------------- inputs and targets
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        ".hidden.jpg",
-        "a/.DS_Store",
-        ".thumbnails/a.jpg",
-        "a/Thumbs.db",
-        "a/THUMBS.DB",
-        "desktop.ini",
-        "__MACOSX/a.jpg",
-        "a/__MACOSX/._b.jpg",
-        "@eaDir/a.jpg",
-        "_kdsr/runs/x/manifest.parquet",
-        "earlier/_kdsr/runs/x/report.json",
-    ],
-)
-def test_what_systems_leave_beside_pictures_is_no_input(key):
-    assert is_junk(key)
-
-
-@pytest.mark.parametrize(
-    "key", ["a.jpg", "a/b.c/d.png", "thumbs.jpg", "kdsr/a.jpg", "_x.jpg", "notes.txt", "a"]
-)
-def test_everything_else_is_an_input(key):
-    assert not is_junk(key)
-
-
-@given(st.lists(st.text(min_size=1), unique=True))
-def test_no_two_inputs_share_a_target(names):
-    assert len({target_key(name) for name in names}) == len(names)
 
 
 def test_every_input_is_one_task(source, output):
@@ -284,3 +253,59 @@ def test_digests_that_end_in_zero_bytes_are_told_apart():
     found = DigestSet()
     found.add(["ab" * 15 + "00"])
     assert list(found.contains(["ab" * 15 + "00", "ab" * 14 + "0000", "ab" * 16])) == [True, False, False]
+
+
+# ---------------------------------------------------------------- a choice, a replay and a check
+
+
+def test_the_number_type_is_chosen_once_for_a_run_and_its_reruns(output):
+    assert Records(output, RUN).precision(lambda: "bfloat16") == "bfloat16"
+    assert Records(output, RUN).precision(lambda: "float32") == "bfloat16"
+    assert Records(output, "another run").precision(lambda: "float32") == "float32"
+
+
+def test_only_what_failed_last_is_replayed(source, output):
+    for key in ("a.jpg", "b.jpg", "c.jpg"):
+        source.put(key, b"123")
+    first, second, _ = tasks(source, output)
+    records = Records(output, RUN)
+    with pytest.raises(RequestError, match="nothing failed"):
+        list(records.failed_only(tasks(source, output)))
+    records.append([Status(task.id, task.key, task.target, "failed") for task in (first, second)])
+    records.append([done(second, output.put("b.jpg", b"sr"))])
+    assert list(Records(output, RUN).failed_only(tasks(source, output))) == [first]
+
+
+def test_verify_names_results_that_are_gone_or_were_replaced(source, output):
+    for key in ("a.jpg", "b.jpg", "c.jpg"):
+        source.put(key, b"123")
+    records = Records(output, RUN)
+    records.append([done(task, output.put(task.target, b"sr")) for task in tasks(source, output)])
+    assert records.num_done() == 3
+    assert dict(records.verify()) == {}
+    output.delete("a.jpg")
+    output.put("b.jpg", b"something else")
+    assert dict(records.verify()) == {"a.jpg": "missing", "b.jpg": "changed since"}
+
+
+def test_verify_takes_the_row_of_a_later_start_for_a_result_that_was_done_again(source, output):
+    source.put("a.jpg", b"123")
+    (task,) = tasks(source, output)
+    records = Records(output, RUN)
+    records.append([done(task, output.put("a.jpg", b"first"))])
+    records.append([done(task, output.put("a.jpg", b"second time"))])
+    assert dict(records.verify()) == {}
+
+
+def test_only_the_wanted_inputs_are_listed(source, output):
+    for key in ("a.jpg", "b/c.jpg", "b/d.png", "b/e.jpg"):
+        source.put(key, b"123")
+    found = list_tasks(
+        source,
+        output_uri=output.uri,
+        run=RUN,
+        naming=Naming("png"),
+        selection=Selection(include=("*.jpg",), exclude=("*/e*",)),
+        limit=1,
+    )
+    assert [(task.key, task.target) for task in found] == [("a.jpg", "a.png")]

@@ -1,25 +1,27 @@
-import io
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdsr.engine import Engine
-from kdsr.errors import ImageUnsupported, RequestError
+from kdsr.errors import DataError, ImageUnsupported, RequestError
 from kdsr.image import Image
-from kdsr.manifest import Task
 from kdsr.models import build_model
 from kdsr.models.contract import SrModel
 from kdsr.spec import BicubicSpec, EdsrSpec, EspcnSpec, FsrcnnSpec, ImportedSpec, RepChainSpec
-from kdsr.store import open_store
-from kdsr.upscale import ObjectUpscaler, PixelBudget, Upscaler, compute_threads
+from kdsr.upscale import (
+    BLEED_LEVELS,
+    BYTES_PER_OUTPUT_PIXEL,
+    Upscaler,
+    available_bytes,
+    bleed,
+    compute_threads,
+    fitting,
+)
 
 SPECS = [
     EdsrSpec(scale=2, num_features=8, num_blocks=2),
@@ -147,11 +149,6 @@ def test_metadata_is_carried(engine):
     assert (found.icc_profile, found.exif) == (b"profile", b"exif")
 
 
-def test_sixteen_bits_are_refused_rather_than_cut(engine):
-    with pytest.raises(ImageUnsupported, match="uint16"):
-        Upscaler(engine).upscale(Image(np.zeros((8, 8, 3), dtype=np.uint16)))
-
-
 class Windowed(SrModel):
     """Takes multiples of 8 only, and mixes all pixels of an 8 x 8 window, like windowed attention."""
 
@@ -181,128 +178,224 @@ def test_a_network_with_windows_meets_them_where_it_would_in_the_whole_image(siz
     assert differences(tiled, whole)[0] == 0
 
 
-# ---------------------------------------------------------------- objects
+# ---------------------------------------------------------------- depth
+
+BICUBIC = BicubicSpec(scale=2)
 
 
-@pytest.fixture
-def objects(tmp_path, engine):
-    (tmp_path / "in").mkdir()
-    return ObjectUpscaler(
-        source=open_store(str(tmp_path / "in")),
-        target=open_store(str(tmp_path / "out")),
-        upscaler=Upscaler(engine),
-        max_pixels=100_000,
-        quality=95,
-        budget=PixelBudget(100_000),
+def ramp(dtype, low, high):
+    """(20, 300, 3) from `low` to `high` of `dtype`, so fine that 8 bits would show steps."""
+    values = np.linspace(low, high, 300).astype(dtype)
+    return Image(np.broadcast_to(values[None, :, None], (20, 300, 3)).copy())
+
+
+def test_sixteen_bits_go_through_without_a_step_of_eight():
+    found = Upscaler(Engine(build_model(BICUBIC)), tile_size=64).upscale(ramp(np.uint16, 1000, 1600)).pixels
+    assert found.dtype == np.uint16
+    assert len(np.unique(found[20])) > 450
+    steps = np.diff(found[20, 10:-10, 0].astype(int))
+    assert steps.min() >= 0 and steps.max() <= 3
+
+
+def test_floats_within_0_and_1_go_through_as_they_are():
+    found = Upscaler(Engine(build_model(BICUBIC))).upscale(ramp(np.float32, 0.25, 0.26)).pixels
+    assert found.dtype == np.float32
+    assert 0.2499 < found.min() < 0.2501
+    assert 0.2599 < found.max() < 0.2601
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 40.0), (0.5, 1e4), (-1e-3, 0.5)])
+def test_floats_of_any_range_keep_it(engine, low, high):
+    image = ramp(np.float32, low, high)
+    unit = Upscaler(Engine(build_model(BICUBIC)), tile_size=64)
+    found = unit.upscale(image).pixels[20, :, 0]
+    expected = np.interp((np.arange(600) + 0.5) / 2 - 0.5, np.arange(300), image.pixels[0, :, 0])
+    assert np.abs(found - expected)[4:-4].max() < 2e-6 * (high - low) + 1e-6
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_not_finite_are_refused(engine, wrong):
+    image = ramp(np.float32, 0, 1)
+    image.pixels[3, 4, 1] = wrong
+    with pytest.raises(ImageUnsupported, match="not finite"):
+        Upscaler(engine).upscale(image)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_grey_image_of_any_depth_is_the_mean_of_three_channels(engine, dtype):
+    white = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    grey = Image((picture(30, 40, channels=1).pixels.astype(np.float32) / 255 * white).astype(dtype))
+    found = Upscaler(engine).upscale(grey).pixels
+    colour = Upscaler(engine).upscale(Image(grey.pixels.repeat(3, axis=2))).pixels
+    assert found.dtype == dtype
+    tolerance = 1e-6 if dtype == np.float32 else 0.5001
+    assert np.abs(found.astype(float) - colour.astype(float).mean(axis=2, keepdims=True)).max() <= tolerance
+
+
+# ---------------------------------------------------------------- transparency
+
+
+def disc(side=120, radius=40, hidden=0):
+    """An orange disc with a soft edge; what is fully transparent has the grey level `hidden`."""
+    rows, columns = np.mgrid[:side, :side]
+    distance = np.hypot(rows - side / 2 + 0.5, columns - side / 2 + 0.5)
+    alpha = (np.clip((radius - distance) / 3 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+    pixels = np.full((side, side, 3), (240, 140, 30), np.uint8)
+    pixels[alpha == 0] = hidden
+    return Image(pixels, alpha=alpha)
+
+
+@pytest.mark.parametrize("hidden", [0, 255])
+@pytest.mark.parametrize("background", [0, 255])
+def test_a_soft_edge_has_no_fringe_over_black_or_white(hidden, background):
+    upscaler = Upscaler(Engine(build_model(BicubicSpec(scale=4))))
+    found = upscaler.upscale(disc(hidden=hidden))
+    weight = found.alpha[:, :, None] / 255
+    over = found.pixels * weight + background * (1 - weight)
+    # Without a fringe every pixel lies between the disc's colour and the background.
+    expected = np.array([240, 140, 30]) * weight + background * (1 - weight)
+    assert np.abs(over - expected).max() < 1
+
+
+def test_the_fringe_is_there_when_nothing_bleeds(monkeypatch):
+    monkeypatch.setattr("kdsr.upscale.bleed", lambda pixels, alpha: pixels)
+    upscaler = Upscaler(Engine(build_model(BicubicSpec(scale=4))))
+    found = upscaler.upscale(disc(hidden=0))
+    weight = found.alpha[:, :, None] / 255
+    assert np.abs((found.pixels - np.array([240, 140, 30])) * weight).max() > 5
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (130, 61)])
+def test_bleeding_leaves_visible_pixels_exactly_as_they_are(dtype, size):
+    random = np.random.default_rng(1)
+    pixels = (random.random((*size, 3)) * (1 if dtype == np.float32 else 255)).astype(dtype)
+    alpha = (random.random(size) > 0.7).astype(dtype)
+    before = pixels.copy()
+    bled = bleed(pixels, alpha)
+    assert (bled[alpha > 0] == before[alpha > 0]).all()
+    assert (pixels == before).all()
+    assert bled.dtype == dtype
+
+
+def test_colours_bleed_into_everything_hidden_within_reach():
+    pixels, alpha = np.zeros((200, 300, 3), np.uint8), np.zeros((200, 300), np.uint8)
+    pixels[100, 150], alpha[100, 150] = 77, 255
+    bled = bleed(pixels, alpha)
+    reach = 2 ** (BLEED_LEVELS - 1)
+    assert (bled[100 - reach : 101 + reach, 150 - reach : 151 + reach] == 77).all()
+
+
+def test_a_hidden_pixel_takes_the_colours_beside_it_not_those_far_away():
+    pixels, alpha = np.zeros((64, 64, 3), np.uint8), np.full((64, 64), 255, np.uint8)
+    pixels[:, :30], pixels[:, 34:] = 50, 200
+    alpha[:, 30:34] = 0
+    assert (bleed(pixels, alpha)[:, [30, 33]] == np.array([50, 200])[None, :, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_what_is_opaque_or_transparent_around_stays_exactly_so(engine, dtype):
+    white = dtype(1) if dtype == np.float32 else np.iinfo(dtype).max
+    image = disc()
+    alpha = (image.alpha.astype(np.float32) / 255 * white).astype(dtype)
+    found = Upscaler(engine, tile_size=40).upscale(Image(image.pixels.astype(dtype), alpha=alpha)).alpha
+    assert (found[100:140, 100:140] == white).all()
+    assert (found[:20] == 0).all()
+    assert found.min() >= 0 and found.max() <= white
+
+
+# ---------------------------------------------------------------- many images, little memory
+
+
+def test_tiles_of_many_images_share_batches_and_give_the_same_bytes(engine):
+    images = [picture(24, 24, seed=seed) for seed in range(40)]
+    alone = [Upscaler(engine, batch_size=1).upscale(image).pixels for image in images]
+    with compute_threads(2) as compute, ThreadPoolExecutor(8) as threads:
+        upscaler = Upscaler(engine, compute=compute)
+        together = list(threads.map(upscaler.upscale, images))
+    for found, expected in zip(together, alone, strict=True):
+        assert differences(found.pixels, expected)[0] <= 1
+
+
+class Faulty(Engine):
+    """An engine with room for so many pixels, and that fails for tiles with a marked pixel."""
+
+    room = 10**9
+    mark = None
+
+    def run(self, tiles):
+        if tiles.shape[0] * tiles.shape[1] * tiles.shape[2] > self.room:
+            raise torch.OutOfMemoryError("no room")
+        if self.mark is not None and (tiles == self.mark).all(axis=(1, 2, 3)).any():
+            raise DataError("not finite")
+        return super().run(tiles)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 4])
+@pytest.mark.parametrize("room", [8000, 3000, 1200])
+def test_less_memory_gives_the_same_image(room, multiple_of):
+    engine = Faulty(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    engine.multiple_of = multiple_of
+    expected = Upscaler(engine, tile_size=64).upscale(picture(150, 170)).pixels
+    engine.room = room
+    upscaler = Upscaler(engine, tile_size=64)
+    assert differences(upscaler.upscale(picture(150, 170)).pixels, expected)[0] <= 1
+
+
+def test_what_was_learnt_about_memory_is_remembered():
+    engine = Faulty(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    engine.room = 3000
+    upscaler = Upscaler(engine, tile_size=64)
+    upscaler.upscale(picture(150, 170))
+    refused = []
+    engine.run = lambda tiles, run=engine.run: (
+        refused.append(tiles.shape)
+        if (tiles.shape[0] * tiles.shape[1] * tiles.shape[2] > engine.room)
+        else run(tiles)
     )
-
-
-def encoded(format_, height=20, width=30, mode="RGB"):
-    buffer = io.BytesIO()
-    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
-    pixels = picture(height, width, channels=3).pixels
-    if channels == 4:
-        pixels = np.dstack([pixels, pixels[..., :1]])
-    PIL.Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(buffer, format_)
-    return buffer.getvalue()
-
-
-def put(objects, key, data):
-    info = objects.source.put(key, data)
-    return Task("0" * 32, info.key, info.etag, info.size, target=key)
+    upscaler.upscale(picture(150, 170))
+    assert refused == []
 
 
 @pytest.mark.parametrize(
-    ("format_", "mode"),
-    [("JPEG", "L"), ("JPEG", "RGB"), *product(("PNG", "WEBP"), ("L", "RGB", "RGBA"))],
+    ("room_in_tiles", "expected"),
+    [(100, (128, 4)), (4, (128, 4)), (3, (128, 2)), (1, (128, 1)), (0.9, (64, 1)), (0, (16, 1))],
 )
-def test_an_object_keeps_format_and_kind(objects, format_, mode):
-    key = f"a b/ü+%.{format_.lower()}"
-    status = objects.upscale(put(objects, key, encoded(format_, mode=mode)))
-    assert (status.status, status.error_class, status.message) == ("done", "", "")
-    with PIL.Image.open(io.BytesIO(objects.target.get(key))) as found:
-        assert (found.format, found.size) == (format_, (60, 40))
-        assert found.mode == ("RGB" if (format_, mode) == ("WEBP", "L") else mode)
-    assert status.megapixels == pytest.approx(60 * 40 / 1e6)
-    info = objects.target.stat(key)
-    assert (status.output_bytes, status.output_etag) == (info.size, info.etag)
+def test_batch_and_then_tile_are_smaller_where_memory_is_short(engine, room_in_tiles, expected):
+    tile_bytes = ((128 + 2 * engine.receptive_radius) * engine.scale) ** 2 * BYTES_PER_OUTPUT_PIXEL
+    memory_bytes = 4 * int(room_in_tiles * tile_bytes)
+    assert fitting(128, 4, engine=engine, memory_bytes=memory_bytes) == expected
 
 
-def test_a_rotated_photograph_comes_out_upright(objects):
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(picture(20, 30).pixels).save(buffer, "JPEG", exif=exif)
-    objects.upscale(put(objects, "r.jpg", buffer.getvalue()))
-    with PIL.Image.open(io.BytesIO(objects.target.get("r.jpg"))) as found:
-        assert found.size == (40, 60)
-        assert found.getexif().get(0x0112, 1) == 1
+def test_where_memory_is_not_known_nothing_is_made_smaller(engine):
+    assert fitting(128, 4, engine=engine, memory_bytes=None) == (128, 4)
 
 
-@pytest.mark.parametrize(
-    ("key", "data", "stage", "error_class"),
-    [
-        ("cut.jpg", encoded("JPEG", 200, 200)[:3000], "decode", "corrupt"),
-        ("empty.png", b"", "decode", "corrupt"),
-        ("notes.txt", b"hello", "decode", "unsupported"),
-        ("moving.gif", encoded("GIF"), "decode", "unsupported"),
-        ("large.png", encoded("PNG", 400, 400), "decode", "too_large"),
-    ],
-)
-def test_what_cannot_be_upscaled_is_a_row_with_its_cause(objects, key, data, stage, error_class):
-    status = objects.upscale(put(objects, key, data))
-    assert (status.status, status.stage, status.error_class) == ("failed", stage, error_class)
-    assert status.key == key
-    assert status.message
-    assert not objects.target.exists(key)
+def test_the_memory_of_this_machine_is_plausible():
+    found = available_bytes()
+    assert found is None or 2**20 < found < 2**50
 
 
-def test_an_object_that_went_away_is_a_row(objects):
-    status = objects.upscale(Task("0" * 32, "gone.jpg", "etag", 10, "gone.jpg"))
-    assert (status.status, status.stage, status.error_class) == ("failed", "download", "missing")
+def test_no_room_for_the_smallest_tile_is_an_error():
+    engine = Faulty(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    engine.room = 10
+    with pytest.raises(torch.OutOfMemoryError):
+        Upscaler(engine).upscale(picture(20, 20))
 
 
-def test_an_object_larger_than_any_image_is_not_even_read(objects):
-    status = objects.upscale(Task("0" * 32, "film.mp4", "etag", 10**12, "film.mp4"))
-    assert (status.stage, status.error_class) == ("download", "too_large")
+def test_one_bad_image_does_not_fail_its_neighbours():
+    engine = Faulty(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    engine.mark = 13
+    bad = Image(np.full((24, 24, 3), 13, np.uint8))
 
+    def outcome(image):
+        try:
+            return upscaler.upscale(image).pixels.shape
+        except DataError:
+            return "failed"
 
-def test_a_failed_write_is_a_row(objects, tmp_path):
-    (tmp_path / "out").write_text("a file where a folder should be")
-    status = objects.upscale(put(objects, "a.jpg", encoded("JPEG")))
-    assert (status.status, status.stage, status.error_class) == ("failed", "upload", "store")
-
-
-def test_a_programming_error_is_a_row_as_well(objects):
-    broken = replace(objects, quality=object())
-    status = broken.upscale(put(objects, "a.jpg", encoded("JPEG")))
-    assert (status.status, status.stage, status.error_class) == ("failed", "encode", "internal")
-
-
-# ---------------------------------------------------------------- budget
-
-
-def test_images_together_never_hold_more_pixels_than_the_budget():
-    budget, lock = PixelBudget(100), threading.Lock()
-    held, most = 0, 0
-
-    def use(pixels):
-        nonlocal held, most
-        with budget.take(pixels):
-            with lock:
-                held += pixels
-                most = max(most, held)
-            with lock:
-                held -= pixels
-
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(use, [60, 30, 10, 90] * 50))
-    assert 0 < most <= 100
-
-
-def test_an_image_beyond_the_budget_is_let_in_alone():
-    budget = PixelBudget(100)
-    with budget.take(1000):
-        pass
-    with budget.take(100):
-        pass
+    images = [bad if number == 11 else picture(24, 24, seed=number) for number in range(30)]
+    with compute_threads(1) as compute, ThreadPoolExecutor(30) as threads:
+        upscaler = Upscaler(engine, compute=compute)
+        found = list(threads.map(outcome, images))
+    assert found == ["failed" if number == 11 else (48, 48, 3) for number in range(30)]

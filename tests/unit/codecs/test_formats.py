@@ -23,10 +23,9 @@ def test_the_first_bytes_tell_the_format(head, name):
 @pytest.mark.parametrize(
     ("head", "name"),
     [
-        (b"GIF89a", "GIF"),
-        (b"BM\0\0", "BMP"),
-        (b"\0\0\0\x20ftypavif", "AVIF"),
-        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"\xff\x0a\xfa", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
     ],
 )
 def test_other_kinds_of_images_are_unsupported_by_name(head, name):
