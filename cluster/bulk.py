@@ -122,6 +122,7 @@ def _agreed_precision(config: UpscaleConfig, records: Records, model: SrModel) -
         if not config.cluster.use_gpu:
             return choose_precision(model)
         session.connect(config.cluster)
+        session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
         return str(ray.get(ray.remote(num_gpus=1)(_choose_on_gpu).remote(config)))
 
     return records.precision(choose)
@@ -252,6 +253,8 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
     """Status rows in the order in which tasks finish."""
     cluster = config.cluster
     filesystem, root = open_store(config.output, config.store).arrow()
+    # The newer reader starts actors to look at footers: seconds for our one small file.
+    ray.data.DataContext.get_current().use_datasource_v2 = False
     tasks = ray.data.read_parquet(f"{root}/{records.pending_key}", filesystem=filesystem)
     # An actor answers a whole block at a time, and the blocks are spread over the actors.
     rows = min(MAX_TASK_ROWS, math.ceil(plan.pending / (4 * cluster.num_workers)))

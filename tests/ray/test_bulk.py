@@ -14,11 +14,12 @@ import pytest
 import ray
 import torch
 
-from cluster.bulk import MAX_DEATHS, DeathCount, UpscaleActor, _Ledger, upscale
-from kdsr import manifest
+from cluster.bulk import MAX_DEATHS, DeathCount, UpscaleActor, _Ledger, upscale, verify
+from kdsr import codecs, manifest
 from kdsr.checkpoint import save_model
 from kdsr.config import UpscaleConfig
 from kdsr.errors import RequestError, UnknownModel
+from kdsr.image import Frame, Image
 from kdsr.manifest import Status
 from kdsr.models import build_model
 from kdsr.spec import Card, EspcnSpec
@@ -115,6 +116,46 @@ def test_a_mixed_folder_is_upscaled_and_reruns_do_what_is_missing(ray_local, mod
     assert last.ok
 
 
+def test_depth_frames_names_and_checks_of_one_run(ray_local, model, tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (24, 32, 3), dtype=np.uint16)
+    moving = [Frame(Image(np.full((24, 32, 3), level, np.uint8)), 0.1) for level in (10, 200)]
+    inputs = {
+        "deep.tif": codecs.encode(Image(deep), format="tiff"),
+        "moving.gif": codecs.encode_frames(moving, format="gif", loop=0),
+        "same.jpg": encoded("JPEG"),
+        "same.png": encoded("PNG"),
+        "left.out.png": encoded("PNG"),
+        "broken.png": encoded("PNG")[:90],
+    }
+    source = filled(str(tmp_path / "in"), inputs)
+    output = open_store(str(tmp_path / "out"))
+    config = UpscaleConfig(
+        input=source.uri, output=output.uri, model=model, format="png", exclude=("left*",), scale=3
+    )
+
+    report = upscale(config, command="python jobs/upscale.py --config x.yaml")
+    assert sums(report) == (5, 4, 0, 1)
+    assert report.replay == "python jobs/upscale.py --config x.yaml --retry_failed true"
+    assert report.precision in ("float32", "bfloat16")
+    headers = {key: codecs.probe(data) for key, data in results(output).items()}
+    assert {key: (h.format, h.height, h.width, h.bits, h.frames) for key, h in headers.items()} == {
+        "deep.png": ("png", 72, 96, 16, 1),
+        "moving.png": ("png", 72, 96, 8, 2),
+        "same.jpg.png": ("png", 72, 96, 8, 1),
+        "same.png": ("png", 72, 96, 8, 1),
+    }
+    assert verify(config) == (4, {})
+
+    output.put("same.png", b"replaced")
+    assert verify(config) == (4, {"same.png": "changed since"})
+    again = config.model_copy(update={"retry_failed": True})
+    assert sums(upscale(again)) == (1, 0, 0, 1)
+    source.put("broken.png", encoded("PNG"))
+    with pytest.raises(RequestError, match="nothing failed"):
+        upscale(again)
+    assert sums(upscale(config)) == (5, 2, 3, 0)
+
+
 def test_several_actors_share_the_work(ray_local, model, tmp_path):
     source = filled(str(tmp_path / "in"), {f"{n:03}.jpg": encoded("JPEG", seed=n) for n in range(60)})
     config = UpscaleConfig(
@@ -128,7 +169,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(model, tmp_path)
     good = UpscaleConfig(input=source.uri, output=str(tmp_path / "out"), model=model)
     refused = [
         (good.model_copy(update={"model": "no-such-model"}), UnknownModel, "no-such-model"),
-        (good.model_copy(update={"scale": 4}), RequestError, "scale 4 was asked for.*upscales x2"),
+        (good.model_copy(update={"retry_failed": True}), RequestError, "nothing failed"),
         (good.model_copy(update={"output": source.uri}), RequestError, "is the input itself"),
         (good.model_copy(update={"input": f"{source.uri}/none"}), RequestError, "nothing to upscale"),
     ]

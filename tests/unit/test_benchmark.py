@@ -89,8 +89,8 @@ def test_a_missing_or_empty_hr_folder_is_refused(root):
 
 def test_a_folder_of_unknown_files_is_refused_rather_than_made_anew(root):
     put(root, "HR/a.png", photo(40, 40))
-    root.put("LR/a.bmp", b"BM")
-    with pytest.raises(DataError, match=r"LR/: expected images \(.*\.png.*found only files like LR/a\.bmp"):
+    root.put("LR/a.raw", b"BM")
+    with pytest.raises(DataError, match=r"LR/: expected images \(.*\.png.*found only files like LR/a\.raw"):
         read(root)
 
 

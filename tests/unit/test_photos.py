@@ -234,7 +234,7 @@ def test_good_files_become_rows_and_bad_ones_get_a_reason(source, target):
         ("bad/text.jpg", "ImageCorrupt"),
         ("bad/notes.txt", "ImageCorrupt"),
         ("bad/icon.png", "ImageTooSmall"),
-        ("bad/anim.gif", "ImageUnsupported"),
+        ("bad/anim.gif", "ImageCorrupt"),
     }
 
 
