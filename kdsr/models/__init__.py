@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from kdsr.models.before_shuffle import BeforeShuffle
 from kdsr.models.bicubic import Bicubic
 from kdsr.models.contract import SrModel
 from kdsr.models.edsr import Edsr
@@ -12,7 +13,7 @@ from kdsr.models.fsrcnn import Fsrcnn
 from kdsr.models.rep_chain import RepChain
 from kdsr.spec import BicubicSpec, EdsrSpec, EspcnSpec, Frozen, FsrcnnSpec, ModelSpec, RepChainSpec
 
-__all__ = ["MODELS", "SrModel", "build_model", "fold", "inherit_weights", "num_parameters"]
+__all__ = ["MODELS", "BeforeShuffle", "SrModel", "build_model", "fold", "inherit_weights", "num_parameters"]
 
 MODELS: Mapping[type[Frozen], type[SrModel]] = {
     EdsrSpec: Edsr,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
+from kdsr.models.before_shuffle import BeforeShuffle
 from kdsr.spec import ModelSpec
 
 
@@ -25,13 +26,12 @@ class SrModel(nn.Module, ABC):
     def forward(self, lr: Tensor) -> Tensor:
         """Upscale `lr`."""
 
-    def before_shuffle(self, lr: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """(B, C, h, w) float32 to float32 (B, C*scale*scale, h, w) that a pixel shuffle makes `forward(lr)`.
+    def before_shuffle(self, dtype: torch.dtype, layout: torch.memory_format) -> BeforeShuffle | None:
+        """This network's weights up to its pixel shuffle, for inference; None where it does not end in one.
 
-        None for networks that have no such place. Inference rounds and shuffles bytes then, not floats: a
-        quarter of the memory traffic. The network runs in `dtype`, that of its weights.
+        It takes grey levels 0 to 255 and gives what pixels are rounded from, where that costs least.
         """
-        del lr, dtype
+        del dtype, layout
         return None
 
     def check_channels(self, lr: Tensor) -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdsr.degrade import bicubic_phases, bicubic_upscale
+from kdsr.degrade import bicubic_upscale
+from kdsr.models.before_shuffle import BeforeShuffle
 from kdsr.models.contract import SrModel, receptive_radius
 from kdsr.spec import RepChainSpec
 
@@ -99,15 +100,15 @@ class RepChain(SrModel):
             upscaled = bicubic_upscale(lr, self.spec.scale)
         return self.shuffle(self.layers[-1](features)) + upscaled
 
-    def before_shuffle(self, lr: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """See `SrModel`. For folded chains; the residual stays in float32 whatever the network's type."""
-        self.check_channels(lr)
-        if not self.spec.folded:
-            return None
-        features = lr.to(dtype)
-        for layer in self.layers[:-1]:
-            features = _convolved_leaky(features, layer)
-        return bicubic_phases(lr, self.spec.scale).add_(self.layers[-1](features))
+    def before_shuffle(self, dtype: torch.dtype, layout: torch.memory_format) -> BeforeShuffle:
+        """See `SrModel`; folded once, and not on every pass."""
+        return BeforeShuffle(
+            [_folded(layer) for layer in self.layers],
+            scale=self.spec.scale,
+            negative_slope=NEGATIVE_SLOPE,
+            dtype=dtype,
+            layout=layout,
+        )
 
     @torch.no_grad()
     def inherit(self, source: "RepChain") -> int:
@@ -134,18 +135,6 @@ class RepChain(SrModel):
                 kernel, bias = _folded(source)
                 target.load_state_dict({"weight": kernel, "bias": bias})
         return copy.train(self.training)
-
-
-def _convolved_leaky(features: Tensor, layer: nn.Module) -> Tensor:
-    """3x3 convolution and leaky ReLU; on a CPU in one pass over memory, as oneDNN can, a fifth faster."""
-    assert isinstance(layer, nn.Conv2d)
-    if not features.is_cpu or not torch.backends.mkldnn.is_available():
-        return F.leaky_relu_(layer(features), NEGATIVE_SLOPE)
-    one = [1, 1]
-    result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        features, layer.weight, layer.bias, one, one, one, 1, "leaky_relu", [NEGATIVE_SLOPE], ""
-    )
-    return result
 
 
 def _convolution(spec: RepChainSpec, num_in: int, num_out: int) -> nn.Module:

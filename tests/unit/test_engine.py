@@ -1,8 +1,11 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
-from kdsr.engine import Engine
+from kdsr.engine import Engine, choose_precision
+from kdsr.engine_cuda import pixels_of
 from kdsr.errors import DataError, RequestError
 from kdsr.models import build_model
 from kdsr.models.contract import SrModel
@@ -25,6 +28,18 @@ class Constant(SrModel):
         return self.value.expand(
             lr.shape[0], lr.shape[1], lr.shape[2] * self.found_scale, lr.shape[3] * self.found_scale
         )
+
+
+class FailsAtHeight(Constant):
+    """Grey, but `value` for inputs of one height in some number types."""
+
+    def __init__(self, height, value, *, in_types):
+        super().__init__(0.5)
+        self.height, self.bad, self.in_types = height, value, in_types
+
+    def forward(self, lr):
+        fails = lr.shape[2] == self.height and lr.dtype in self.in_types
+        return super().forward(lr) + (self.bad if fails else 0)
 
 
 @pytest.fixture
@@ -84,11 +99,10 @@ def test_bfloat16_is_close_to_float32(tiles):
 def test_an_output_that_is_not_finite_is_an_error_and_not_a_tile(tiles, value):
     with pytest.raises(DataError, match="not finite"):
         Engine(Constant(value))
-    engine = Engine(Constant(0.5))
-    with torch.inference_mode():
-        engine._exact.value.fill_(value)
+    engine = Engine(FailsAtHeight(20, value, in_types=[torch.float32]))
     with pytest.raises(DataError, match="not finite"):
         engine.run(tiles)
+    assert (engine.run(tiles[:, :18]) == 128).all()
 
 
 def test_a_grey_network_takes_one_channel(tiles):
@@ -173,14 +187,109 @@ def test_a_type_that_changes_the_picture_is_replaced_and_said():
 
 
 def test_a_tile_that_is_not_finite_is_done_again_in_float32(tiles):
-    engine = Engine(Constant(0.5), precision="bfloat16")
+    engine = Engine(FailsAtHeight(20, float("nan"), in_types=[torch.bfloat16]), precision="bfloat16")
     assert engine.precision == "bfloat16"
-    with torch.inference_mode():
-        engine._fast.value.fill_(float("nan"))
     assert (engine.run(tiles) == 128).all()
+
+
+def test_a_tile_that_fails_in_float32_too_is_an_error(tiles):
+    fails = FailsAtHeight(20, float("nan"), in_types=[torch.bfloat16, torch.float32])
+    engine = Engine(fails, precision="bfloat16")
+    with pytest.raises(DataError, match="in float32 too"):
+        engine.run(tiles)
 
 
 def test_auto_names_a_type_that_runs():
     engine = Engine(random_net(EspcnSpec(scale=2, num_features=8)), precision="auto")
     assert engine.precision in ("float32", "bfloat16")
     assert engine.note is None or engine.precision == "float32"
+
+
+def trained_like(scale, *, channels=3):
+    """A chain whose tail adds something to the residual, as after training."""
+    model = random_net(RepChainSpec(scale=scale, channels=channels, num_features=16, num_layers=4)).eval()
+    with torch.no_grad():
+        model.layers[-1].kernel.normal_(std=0.05)
+        model.layers[-1].bias.normal_(std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_chain_before_its_shuffle_is_the_chain(scale, channels):
+    model = trained_like(scale, channels=channels)
+    levels = torch.randint(0, 256, (2, channels, 21, 17), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(levels / 255) * 255
+        blocks = model.before_shuffle(torch.float32, torch.channels_last)(levels.byte(), 0.25)
+    found = blocks.permute(0, 1, 3, 2, 4).reshape(2, 21 * scale, 17 * scale, channels).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found - 0.25, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 7, 20, 21, 40])
+def test_strips_of_a_chain_join_to_the_whole(rows):
+    chain = trained_like(2).before_shuffle(torch.float32, torch.channels_last)
+    levels = torch.randint(0, 256, (1, 3, 21, 17), generator=torch.Generator().manual_seed(0)).byte()
+    with torch.inference_mode():
+        whole = chain(levels, 0.5)
+        strips = list(chain.strips(levels, 0.5, rows=rows))
+    assert [top for top, _ in strips] == [0, *np.cumsum([part.shape[1] for _, part in strips])[:-1]]
+    torch.testing.assert_close(torch.cat([part for _, part in strips], dim=1), whole, rtol=0, atol=1e-3)
+
+
+def test_a_tile_larger_than_the_cache_equals_the_plain_forward_pass():
+    model = trained_like(2)
+    tiles = np.random.default_rng(0).integers(0, 256, (1, 300, 180, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        sr = model(torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255)
+    expected = sr.mul(255).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    found = Engine(model).run(tiles)
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 1e-3
+
+
+def test_a_tile_has_the_same_bytes_in_any_batch(tiles):
+    engine = Engine(trained_like(3), precision="bfloat16")
+    together = engine.run(tiles)
+    assert all((engine.run(tiles[i : i + 1])[0] == together[i]).all() for i in range(3))
+
+
+def test_threads_that_share_an_engine_get_their_own_pictures():
+    engine = Engine(trained_like(2), precision="bfloat16")
+    batches = np.random.default_rng(0).integers(0, 256, (24, 1, 40, 40, 3), dtype=np.uint8)
+    expected = [engine.run(batch) for batch in batches]
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        found = list(threads.map(engine.run, batches))
+    assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+
+
+def test_read_only_and_strided_tiles_are_taken(tiles):
+    engine = Engine(trained_like(2))
+    flipped = tiles[:, ::-1]
+    flipped.flags.writeable = False
+    assert (engine.run(flipped) == engine.run(flipped.copy())).all()
+
+
+def test_a_dark_16_bit_tile_keeps_its_steps():
+    """Steps of a 256th of a grey level, which 8 bits would make one flat area."""
+    tiles = np.arange(64, dtype=np.uint16).repeat(8).reshape(1, 1, 512, 1).repeat(8, axis=1).repeat(3, axis=3)
+    found = Engine(build_model(RepChainSpec(scale=2, num_features=4, num_layers=2))).run(tiles)
+    assert len(np.unique(found)) >= 64
+
+
+def test_the_choice_is_a_type_that_runs_and_the_engine_says_why_not():
+    assert choose_precision(trained_like(2)) in ("float32", "bfloat16")
+    engine = Engine(FailsAtHeight(192, float("inf"), in_types=[torch.bfloat16]), precision="auto")
+    assert engine.precision == "float32"
+
+
+def test_levels_become_pixels_on_the_device_as_they_do_here(tiles):
+    model = trained_like(2)
+    blocks = model.before_shuffle(torch.float32, torch.channels_last)
+    with torch.inference_mode():
+        levels = blocks(torch.from_numpy(tiles).permute(0, 3, 1, 2), 0.5)
+        levels[1, 0, 0, 0, 0] = float("nan")
+        pixels, finite = pixels_of(levels)
+    assert finite.tolist() == [True, False, True]
+    found = Engine(model).run(tiles)
+    assert (pixels.numpy()[[0, 2]] == found[[0, 2]]).all()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec config cli provenance",
     "image codecs tiles store shards photos naming manifest progress",
-    "models engine degrade pairs losses objectives metrics checkpoint benchmark",
+    "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation label upscale resize windows objects forecast evaluate report compress export",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
