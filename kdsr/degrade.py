@@ -128,14 +128,6 @@ def bicubic_upscale(lr: Tensor, scale: int) -> Tensor:
     return F.pixel_shuffle(phases, scale).view(batch, channels, lr.shape[2] * scale, lr.shape[3] * scale)
 
 
-def bicubic_phases(lr: Tensor, scale: int) -> Tensor:
-    """`bicubic_upscale` before its pixel shuffle: (B, C, h, w) to (B, C*scale*scale, h, w)."""
-    channels = lr.shape[1]
-    padded = F.pad(lr, (BICUBIC_REACH,) * 4, mode="replicate")
-    kernel = upscale_kernel(scale).to(lr).repeat(channels, 1, 1, 1)
-    return F.conv2d(padded, kernel, groups=channels)
-
-
 def upscale_kernel(scale: int) -> Tensor:
     """(scale**2, 1, 5, 5) weights: one 5x5 filter for each output pixel of an LR pixel, rows first."""
     offset = (torch.arange(scale, dtype=torch.float64) + 0.5) / scale - 0.5
