@@ -87,10 +87,11 @@ def round_to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def over_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """`pixels` (H, W, C) uint8 laid over white by `alpha` (H, W) uint8, rounded to the nearest."""
-    weight = alpha[:, :, None].astype(np.uint32)
-    blended = pixels * weight + 255 * (255 - weight)
-    return ((blended + 127) // 255).astype(np.uint8)
+    """`pixels` (H, W, C) laid over white by `alpha` (H, W), both uint8 or both uint16; rounded."""
+    top = np.iinfo(pixels.dtype).max
+    weight = alpha[:, :, None].astype(np.uint32)  # holds 65535 * 65535, and half of 65535 more
+    blended = pixels * weight + top * (top - weight)
+    return ((blended + top // 2) // top).astype(pixels.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
-"""ICC profiles: any colour space to sRGB. Pixels of 8 bits."""
+"""ICC profiles: any colour space to sRGB, in 8 or in 16 bits."""
 
 import io
 from dataclasses import replace
 from functools import lru_cache
 
+import imagecodecs
 import numpy as np
 import PIL.Image
 from PIL import ImageCms
@@ -31,6 +32,48 @@ def to_srgb(image: Image) -> Image:
     if converted is not None:
         pixels = np.asarray(converted)
     return replace(image, pixels=pixels, icc_profile=None)
+
+
+def to_srgb_16(image: Image) -> Image:
+    """As `to_srgb`, in uint16 all the way."""
+    image = image.sixteen_bit()
+    if image.icc_profile is None:
+        return image
+    pixels = image.pixels
+    space = profile_space(image.icc_profile)
+    if space == "RGB" and pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    if _fits(image.icc_profile, "L" if pixels.shape[2] == 1 else "RGB"):
+        pixels = _deep_transform(pixels, image.icc_profile)
+    return replace(image, pixels=pixels, icc_profile=None)
+
+
+def cmyk_to_srgb_16(inks: np.ndarray, icc_profile: bytes | None) -> np.ndarray:
+    """(H, W, 4) uint16, 0 is no ink, to (H, W, 3); the plain complement without a profile that fits."""
+    if icc_profile is not None and _fits(icc_profile, "CMYK"):
+        return _deep_transform(inks, icc_profile)
+    inked = np.minimum(inks[:, :, :3].astype(np.uint32) + inks[:, :, 3:], 65535)
+    return (65535 - inked).astype(np.uint16)
+
+
+def _fits(icc_profile: bytes, mode: str) -> bool:
+    """Whether it can be used for pixels of the mode, and says something about them."""
+    return _transform(icc_profile, mode) is not None
+
+
+def _deep_transform(pixels: np.ndarray, icc_profile: bytes) -> np.ndarray:
+    """(H, W, 1, 3 or 4) uint16 of the profile's space to (H, W, 3) sRGB."""
+    space = {1: "gray", 3: "rgb", 4: "cmyk"}[pixels.shape[2]]
+    planes = pixels[:, :, 0] if space == "gray" else pixels
+    converted: np.ndarray = imagecodecs.cms_transform(
+        np.ascontiguousarray(planes),
+        icc_profile,
+        _srgb().tobytes(),
+        colorspace=space,
+        outcolorspace="rgb",
+        intent=int(ImageCms.Intent.PERCEPTUAL),
+    )
+    return converted
 
 
 def profile_space(icc_profile: bytes) -> str:

@@ -6,9 +6,12 @@ What cannot be understood is left out: a broken EXIF never fails an image.
 import re
 import struct
 from contextlib import suppress
+from typing import Any
 
 import PIL.Image
 from PIL.ExifTags import IFD, Base
+
+from kdsr.codecs import exif as exif_bytes
 
 # What Pillow raises on broken EXIF.
 _MALFORMED = (
@@ -29,9 +32,13 @@ _ABOUT_THE_PICTURE = (
     Base.Model,
     Base.Software,
     Base.DateTime,
+    Base.HostComputer,
     Base.Artist,
     Base.Copyright,
 )
+
+TURNED_ASIDE = (5, 6, 7, 8)
+"""EXIF orientations that change height and width for each other."""
 
 _XMP_SIZES = {
     "ImageWidth": "width",
@@ -51,16 +58,21 @@ def orientation(picture: PIL.Image.Image) -> int:
 
 
 def read_exif(picture: PIL.Image.Image, *, is_tiff: bool) -> bytes | None:
-    """EXIF with orientation 1, of a TIFF without the tags that say how it is stored; None without any."""
+    """EXIF with orientation 1, of a TIFF without the tags that say how it is stored; None without any.
+
+    Where it can be, it is as the camera wrote it, so that a MakerNote keeps its meaning.
+    """
     try:
         exif = picture.getexif()
         if is_tiff:
             exif = _of_tiff(exif)
         if not exif:
             return None
-        if Base.Orientation in exif:
-            exif[Base.Orientation] = 1
-        return exif.tobytes()
+        written = exif.tobytes()
+        as_found = picture.info.get("exif")
+        if not is_tiff and isinstance(as_found, bytes):
+            written = as_found
+        return exif_bytes.with_numbers(written, {Base.Orientation: 1})
     except _MALFORMED:
         return None
 
@@ -81,19 +93,26 @@ def sized_exif(exif: bytes | None, *, height: int, width: int) -> bytes | None:
     """`exif` for an image of this size. An embedded preview, which would show the old one, is left out."""
     if exif is None:
         return None
+    sizes: dict[int, int] = {
+        Base.ImageWidth: width,
+        Base.ImageLength: height,
+        Base.ExifImageWidth: width,
+        Base.ExifImageHeight: height,
+    }
     try:
-        content = loaded(exif)
-        for tag, length in ((Base.ImageWidth, width), (Base.ImageLength, height)):
-            if tag in content:
-                content[tag] = length
-        # The old file's samples are not those of this one.
-        inner = dict(content.get_ifd(IFD.Exif))
-        if inner:
-            inner[Base.ExifImageWidth], inner[Base.ExifImageHeight] = width, height
-            content.get_ifd(IFD.Exif).update(inner)
-        return content.tobytes()
+        return exif_bytes.with_numbers(exif_bytes.without_preview(exif), sizes)
     except _MALFORMED:
         return None
+
+
+def has_preview(exif: bytes | None) -> bool:
+    """Whether a small JPEG of the picture is in it."""
+    if exif is None:
+        return False
+    try:
+        return exif_bytes.preview(exif) is not None
+    except _MALFORMED:
+        return False
 
 
 def texts(exif: bytes | None) -> dict[int, str]:
@@ -102,12 +121,18 @@ def texts(exif: bytes | None) -> dict[int, str]:
     return {tag: value for tag in _ABOUT_THE_PICTURE if isinstance(value := content.get(tag), str)}
 
 
-def main_tags(exif: bytes | None) -> PIL.Image.Exif:
-    """Texts of the main directory alone: what a TIFF can take over without its EXIF directories."""
-    content = PIL.Image.Exif()
-    for tag, text in texts(exif).items():
-        content[tag] = text
-    return content
+def exif_directories(exif: bytes | None) -> dict[int, dict[int, Any]]:
+    """The EXIF and GPS directories by the tag that points to them; those that are there."""
+    content = loaded(exif)
+    found = {}
+    with suppress(*_MALFORMED):
+        for directory in (IFD.Exif, IFD.GPSInfo):
+            inner = dict(content.get_ifd(directory))
+            if IFD.Interop in inner:
+                inner[IFD.Interop] = dict(content.get_ifd(IFD.Interop))
+            if inner:
+                found[int(directory)] = inner
+    return found
 
 
 def loaded(exif: bytes | None) -> PIL.Image.Exif:

@@ -77,7 +77,7 @@ class PngWriter:
 
     def _emit(self, compressed: bytes) -> None:
         if compressed:
-            self._file.write(chunk(b"IDAT", compressed))
+            self._file.writelines(_parts(b"IDAT", compressed))
 
 
 def encode(image: Image, *, level: int = 1, exif: bytes | None = None, xmp: bytes | None = None) -> bytes:
@@ -115,5 +115,9 @@ def _per_metre(dpi: tuple[float, float]) -> tuple[int, int]:
 
 def chunk(name: bytes, content: bytes) -> bytes:
     """One chunk: length, name, content, checksum."""
-    checksum = zlib.crc32(content, zlib.crc32(name))
-    return b"".join((struct.pack(">I", len(content)), name, content, struct.pack(">I", checksum)))
+    return b"".join(_parts(name, content))
+
+
+def _parts(name: bytes, content: bytes) -> tuple[bytes, ...]:
+    checksum = isal_zlib.crc32(content, zlib.crc32(name))
+    return struct.pack(">I", len(content)), name, content, struct.pack(">I", checksum)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import tifffile
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
@@ -23,8 +22,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pillow_heif import HeifImageFile
 
-from kdsr.codecs import metadata, png
+from kdsr.codecs import metadata, png, pnm, ten_bit, tiff
 from kdsr.codecs.colour import convert_to_srgb, profile_space, to_srgb
+from kdsr.codecs.exif import with_preview
 from kdsr.codecs.formats import ImageHeader, largest_side
 from kdsr.config import EncodeConfig
 from kdsr.errors import ImageCorrupt, ImageTooLarge, ImageUnsupported
@@ -69,6 +69,7 @@ _MALFORMED = (
 # Formats without colour profiles: their results are in sRGB.
 _WITHOUT_PROFILE = ("gif", "bmp", "ppm")
 _LARGEST_JPEG_SEGMENT = 65_000
+_PREVIEW_SIDE, _PREVIEW_QUALITY = 160, 85  # as the Exif standard recommends
 
 # Modes that Pillow turns into one that has our layout.
 _SIMPLER_MODE = {"1": "L", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB"}
@@ -82,6 +83,9 @@ _LOW_BYTES = {
     "RGBA;16L": "RGBA;16B",
     "RGBA;16N": "RGBA;16B",
 }
+
+# Pillow stretches grey of 2 and 4 bits to 8, but not the grey that a PNG calls transparent.
+_STRETCHED = {"L;2": 85, "L;4": 17}
 
 # Quarter turns and mirrors that make EXIF orientation 2..8 upright: (transpose, flip rows, flip columns).
 _UPRIGHT = {
@@ -98,34 +102,38 @@ _UPRIGHT = {
 def probe(data: bytes, kind: str) -> ImageHeader:
     """Size of the upright image from the header. An orientation behind a PNG's pixels is not looked for."""
     with _malformed_is_corrupt():
-        deep = _deep_page(data) if kind == "tiff" else None
+        if kind == "ppm" and data[:2] in pnm.MAGICS:
+            width, height = pnm.read_header(data)[:2]
+            return ImageHeader(kind, height, width, bits=pnm.bits(data))
+        deep = tiff.deep_page(data) if kind == "tiff" else None
         if deep is not None:
-            height, width = deep.shape[:2] if deep.planarconfig == 1 else deep.shape[-2:]
-            turned = _tiff_orientation(deep) >= 5
-            bits = 8 * _sample_type(deep.dtype).itemsize
-            return ImageHeader(kind, *((width, height) if turned else (height, width)), bits=bits)
+            return ImageHeader(kind, *tiff.size(deep), bits=tiff.bits(deep))
         picture = _open(data, kind)
         width, height = picture.size
         bits = _bits(data, picture, kind)
     if kind in ("jpeg", "webp", "avif") or (kind == "png" and "exif" in picture.info):
-        height, width = (width, height) if metadata.orientation(picture) >= 5 else (height, width)
+        height, width = (
+            (width, height) if metadata.orientation(picture) in metadata.TURNED_ASIDE else (height, width)
+        )
     return ImageHeader(kind, height, width, bits=bits)
 
 
 def decode(data: bytes, kind: str) -> Image:
     """The first frame, upright, 8 or 16 bits or floating point as in the file; CMYK comes out in sRGB."""
     with _malformed_is_corrupt():
-        if kind == "ppm" and data[:2] in (b"P5", b"P6"):
-            return Image(_pnm_planes(data))
-        deep = _deep_page(data) if kind == "tiff" else None
+        if kind == "ppm" and data[:2] in pnm.MAGICS:
+            return pnm.decode(data)
+        deep = tiff.deep_page(data) if kind == "tiff" else None
         if deep is not None:
-            return _decode_deep_tiff(data, deep)
+            return _described(tiff.decode(deep), data, turn=tiff.orientation(deep))
         picture = _open(data, kind)
         raw_modes = {_raw_mode(tile) for tile in picture.tile}
-        planes = _deep_planes(data, kind, raw_modes)
-        picture.load()
+        planes = _deep_planes(data, picture, kind, raw_modes)
+        if kind != "heic" or planes is None:
+            picture.load()
         if planes is None:
             planes = _planes(picture, raw_modes)
+        planes = _with_transparent_colour(planes, picture)
     # CMYK has been through its profile already.
     icc_profile = None if picture.mode == "CMYK" else picture.info.get("icc_profile")
     return _upright(_image(planes, icc_profile), picture, kind)
@@ -134,9 +142,9 @@ def decode(data: bytes, kind: str) -> Image:
 def encode(image: Image, *, format: str, options: EncodeConfig = EncodeConfig()) -> bytes:  # noqa: A002 the flags' word
     """The file's bytes in the depth that the format holds, with ICC profile, EXIF, XMP and resolution.
 
-    PNG and PPM hold 16 bits, TIFF floating point too, the others 8. JPEG has no alpha: over white, and so
-    BMP and PPM. GIF, BMP and PPM have no profiles: in sRGB. Raises ImageTooLarge for more pixels a side than
-    the format holds, RequestError for formats that are not written.
+    PNG and PPM hold 16 bits, TIFF floating point too, the others 8: deeper pictures are rounded. JPEG has
+    no alpha: over white, and so BMP and PPM. GIF, BMP and PPM have no profiles: in sRGB. Raises ImageTooLarge
+    for more pixels a side than the format holds, RequestError for formats that are not written.
     """
     side = max(image.height, image.width)
     if side > largest_side(format):
@@ -151,9 +159,9 @@ def encode(image: Image, *, format: str, options: EncodeConfig = EncodeConfig())
                 _at_most_16_bits(image), level=options.png_level, exif=image.exif, xmp=image.xmp
             )
         case "tiff":
-            return _encode_tiff(image, options)
+            return tiff.encode(image, options)
         case "ppm":
-            return _encode_pnm(_at_most_16_bits(image))
+            return pnm.encode(_at_most_16_bits(image))
         case _:
             return _encode_with_pillow(image, format, options)
 
@@ -188,7 +196,14 @@ def _malformed_is_corrupt() -> Iterator[None]:
 
 def _open(data: bytes, kind: str) -> ImageFile:
     """The header is read, the pixels are not."""
-    picture = _READERS[kind](io.BytesIO(data))
+    try:
+        picture = _READERS[kind](io.BytesIO(data))
+    except SyntaxError as error:
+        if str(error) == "unknown pixel mode":
+            raise ImageUnsupported(
+                f"{kind} of this kind is not read; save it as RGB of 8 or 16 bits"
+            ) from None
+        raise
     if min(picture.size) < 1:
         raise ImageCorrupt(f"the header announces {picture.size[0]} x {picture.size[1]} pixels")
     return picture
@@ -199,8 +214,11 @@ def _raw_mode(tile: Any) -> str:
     return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
 
 
-def _deep_planes(data: bytes, kind: str, raw_modes: set[str]) -> np.ndarray | None:
-    """(H, W, 2..4) uint16 of a file with several 16-bit channels, None for every other file."""
+def _deep_planes(data: bytes, picture: ImageFile, kind: str, raw_modes: set[str]) -> np.ndarray | None:
+    """(H, W, 1..4) uint16 of a file of which Pillow would give the high bytes, None for every other file."""
+    if kind in ("avif", "heic"):
+        planes = _ten_bit_planes(data, picture, kind)
+        return None if planes is None else _three_axes(planes)
     if raw_modes == {"LA;16B"}:
         split = _load_as(data, kind, lambda _: "RGBA")
         return _joined(split[:, :, 0::2], split[:, :, 1::2])
@@ -208,6 +226,29 @@ def _deep_planes(data: bytes, kind: str, raw_modes: set[str]) -> np.ndarray | No
         high = _load_as(data, kind, lambda raw_mode: raw_mode)
         return _joined(high, _load_as(data, kind, _LOW_BYTES.__getitem__))
     return None
+
+
+def _ten_bit_planes(data: bytes, picture: ImageFile, kind: str) -> np.ndarray | None:
+    bits = _bits_as_stored(data, picture, kind)
+    if bits == 8 or getattr(picture, "n_frames", 1) > 1:
+        return None
+    if kind == "avif":
+        return ten_bit.avif_planes(data, bits, picture.size)
+    return ten_bit.heic_planes(data, bits)
+
+
+def _bits_as_stored(data: bytes, picture: ImageFile, kind: str) -> int:
+    """Of an AVIF or HEIC."""
+    return ten_bit.avif_bits(data) if kind == "avif" else ten_bit.heic_bits(picture)
+
+
+def _with_transparent_colour(planes: np.ndarray, picture: ImageFile) -> np.ndarray:
+    """A 16-bit PNG's one colour that is transparent becomes alpha; Pillow does that for 8 bits."""
+    colour = picture.info.get("transparency")
+    if planes.dtype != np.uint16 or planes.shape[2] not in (1, 3) or colour is None:
+        return planes
+    alpha = np.where((planes == np.array(colour, np.uint16)).all(axis=2), 0, 65535)
+    return np.dstack([planes, alpha.astype(np.uint16)])
 
 
 def _load_as(data: bytes, kind: str, rename: Any) -> np.ndarray:
@@ -237,6 +278,8 @@ def _planes(picture: ImageFile, raw_modes: set[str]) -> np.ndarray:
     if mode in ("P", "PA"):
         mode = "RGBA" if picture.has_transparency_data else "L" if _has_grey_palette(picture) else "RGB"
     elif mode in ("L", "RGB") and "transparency" in picture.info:
+        if raw_modes <= _STRETCHED.keys() and raw_modes:
+            picture.info["transparency"] *= _STRETCHED[raw_modes.pop()]
         mode = {"L": "LA", "RGB": "RGBA"}[mode]
     if mode not in ("L", "LA", "RGB", "RGBA"):
         raise ImageUnsupported(f"{picture.mode} pixels are not read; save it with 8 or 16 bits a sample")
@@ -279,197 +322,41 @@ def _image(planes: np.ndarray, icc_profile: bytes | None) -> Image:
 
 def _bits(data: bytes, picture: ImageFile, kind: str) -> int:
     """Of a sample when it is decoded."""
-    if kind == "ppm" and data[:2] in (b"P5", b"P6"):
-        return 16 if _pnm_header(data)[2] > 255 else 8
+    if kind in ("avif", "heic"):
+        return 8 if _bits_as_stored(data, picture, kind) == 8 else 16
     if picture.mode.startswith("I") or {_raw_mode(tile) for tile in picture.tile} & {*_LOW_BYTES, "LA;16B"}:
         return 16
     return 8
 
 
-# ---------------------------------------------------------------- PPM and PGM in binary
+# ---------------------------------------------------------------- orientation
 
 
-def _pnm_header(data: bytes) -> tuple[int, int, int, int]:
-    """Width, height, largest value, and where the samples begin. Comments run to the end of a line."""
-    fields: list[int] = []
-    at = 2
-    while len(fields) < 3:
-        while data[at : at + 1].isspace():
-            at += 1
-        end = at
-        if data[at : at + 1] == b"#":
-            at = data.index(b"\n", at)
-            continue
-        while data[end : end + 1].isdigit():
-            end += 1
-        fields.append(int(data[at : min(end, at + 10)]))
-        at = end
-    width, height, largest = fields
-    if not 1 <= largest <= 65535:
-        raise ValueError(f"its largest value is {largest}; expected 1 to 65535")
-    return width, height, largest, at + 1
-
-
-def _pnm_planes(data: bytes) -> np.ndarray:
-    """(H, W, 1 or 3) uint8 or uint16 over the whole range."""
-    width, height, largest, begin = _pnm_header(data)
-    channels = 3 if data[:2] == b"P6" else 1
-    kind = np.dtype(np.uint8 if largest < 256 else ">u2")
-    values = np.frombuffer(data, kind, count=height * width * channels, offset=begin)
-    planes = values.reshape(height, width, channels).astype(kind.newbyteorder("="))
-    full = 255 if largest < 256 else 65535
-    if largest != full:
-        scaled = (np.minimum(planes, largest).astype(np.uint32) * full + largest // 2) // largest
-        planes = scaled.astype(planes.dtype)
-    return planes
-
-
-def _encode_pnm(image: Image) -> bytes:
-    image = _in_srgb(_over_white(image))
-    deep = image.pixels.dtype == np.uint16
-    magic = "P6" if image.pixels.shape[2] == 3 else "P5"
-    header = f"{magic}\n{image.width} {image.height}\n{65535 if deep else 255}\n".encode()
-    return header + (image.pixels.astype(">u2") if deep else image.pixels).tobytes()
-
-
-# ---------------------------------------------------------------- deep TIFF
-
-
-def _deep_page(data: bytes) -> Any:
-    """The first page as tifffile has it, when Pillow would lose 16-bit or floating-point samples; or None."""
-    page: Any = tifffile.TiffFile(io.BytesIO(data)).pages[0]
-    is_deep = page.dtype is not None and (
-        (page.dtype == np.uint16 and page.bitspersample == 16) or page.dtype.kind == "f"
-    )
-    is_plain = page.photometric in (0, 1, 2) and page.samplesperpixel in (1, 2, 3, 4) and page.imagedepth == 1
-    return page if is_deep and is_plain and min(page.imagelength, page.imagewidth) > 0 else None
-
-
-_ICC_TAG = 34675
-
-
-def _sample_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.dtype(np.uint16) if dtype == np.uint16 else np.dtype(np.float32)
-
-
-def _tiff_orientation(page: Any) -> int:
-    tag = page.tags.get(Base.Orientation)
-    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
-
-
-def _decode_deep_tiff(data: bytes, page: Any) -> Image:
-    values = page.asarray()
-    if page.samplesperpixel > 1 and page.planarconfig == 2:
-        values = np.moveaxis(values, 0, -1)
-    planes = _three_axes(np.ascontiguousarray(values, dtype=_sample_type(page.dtype)))
-    if not np.isfinite(planes).all():
-        raise ImageUnsupported("it has NaN or infinite pixels; replace them first")
-    if page.photometric == 0:
-        planes = 65535 - planes if planes.dtype == np.uint16 else 1 - planes
-    turn = _tiff_orientation(page)
-    if turn != 1:
-        planes = _turned(planes, turn)
-    if planes.shape[2] in (2, 4) and page.extrasamples and page.extrasamples[0] == 1:
-        planes = _unassociated(planes)
-    icc = page.tags.get(_ICC_TAG)
-    image = _image(planes, bytes(icc.value) if icc is not None else None)
-    with _described_by_pillow(data) as picture:
-        if picture is None:
-            return image
-        return replace(
-            image,
-            exif=metadata.read_exif(picture, is_tiff=True),
-            xmp=metadata.read_xmp(picture),
-            dpi=metadata.read_dpi(picture),
-        )
-
-
-@contextmanager
-def _described_by_pillow(data: bytes) -> Iterator[ImageFile | None]:
-    """Pillow's view of a TIFF, whose tags it reads well; None for samples that it does not know."""
+def _described(image: Image, data: bytes, *, turn: int) -> Image:
+    """A deep TIFF with what Pillow reads in its tags; without, where Pillow knows no such samples."""
     try:
         picture = TiffImageFile(io.BytesIO(data))
     except _MALFORMED:
-        yield None
-    else:
-        yield picture
-
-
-def _unassociated(planes: np.ndarray) -> np.ndarray:
-    """Colours that were multiplied by their alpha, divided by it."""
-    top = 1.0 if planes.dtype == np.float32 else 65535.0
-    alpha = planes[:, :, -1:].astype(np.float64)
-    colours = np.divide(
-        planes[:, :, :-1] * top, alpha, out=np.zeros_like(alpha + planes[:, :, :-1]), where=alpha > 0
-    )
-    result = planes.copy()
-    if planes.dtype == np.float32:
-        result[:, :, :-1] = colours
-    else:
-        result[:, :, :-1] = np.clip(colours + 0.5, 0, top).astype(np.uint16)
-    return result
-
-
-_TIFF_COMPRESSION = {"deflate": "adobe_deflate", "lzw": "lzw", "none": None}
-_PILLOW_COMPRESSION = {"deflate": "tiff_adobe_deflate", "lzw": "tiff_lzw", "none": None}
-
-
-def _encode_tiff(image: Image, options: EncodeConfig) -> bytes:
-    """8 bits through Pillow, deeper ones through tifffile. Of EXIF only the main tags are kept."""
-    if image.pixels.dtype == np.uint8:
-        tags = metadata.main_tags(image.exif)
-        if image.xmp:
-            tags[Base.XMLPacket] = image.xmp
-        if options.tiff_compression != "none":
-            tags[Base.Predictor] = 2
-        return _saved(
-            _picture(image),
-            "tiff",
-            compression=_PILLOW_COMPRESSION[options.tiff_compression],
-            exif=tags,
-            **_kept(icc_profile=image.icc_profile, dpi=image.dpi),
-        )
-    planes = image.pixels
-    if image.alpha is not None:
-        planes = np.concatenate([planes, image.alpha[:, :, None]], axis=2)
-    compressed = options.tiff_compression != "none"
-    file = io.BytesIO()
-    texts = metadata.texts(image.exif)
-    extratags: list[Any] = [(tag, 2, 0, text, True) for tag, text in texts.items() if text.isascii()]
-    if image.xmp:
-        extratags.append((int(Base.XMLPacket), 1, len(image.xmp), image.xmp, True))
-    tifffile.imwrite(
-        file,
-        planes[:, :, 0] if planes.shape[2] == 1 else planes,
-        photometric="rgb" if image.pixels.shape[2] == 3 else "minisblack",
-        planarconfig="contig" if planes.shape[2] > 1 else None,
-        extrasamples=["unassalpha"] if image.alpha is not None else None,
-        compression=_TIFF_COMPRESSION[options.tiff_compression],
-        predictor=compressed,
-        iccprofile=image.icc_profile,
-        resolution=image.dpi,
-        resolutionunit=2 if image.dpi else None,
-        metadata=None,
-        software=False,
-        extratags=extratags,
-        bigtiff=planes.nbytes > 4 * 10**9,
-        rowsperstrip=max(1, 2**20 // (planes.nbytes // planes.shape[0])),
-    )
-    return file.getvalue()
-
-
-# ---------------------------------------------------------------- orientation
+        return _turned_image(image, turn)
+    return _turned_image(_with_metadata_of(image, picture, "tiff"), turn)
 
 
 def _upright(image: Image, picture: ImageFile, kind: str) -> Image:
     """Turned as its EXIF says, and with all that the file tells beside the pixels."""
     turn = metadata.orientation(picture) if kind in _TURNED_BY_EXIF else 1
-    image = replace(
+    return _turned_image(_with_metadata_of(image, picture, kind), turn)
+
+
+def _with_metadata_of(image: Image, picture: ImageFile, kind: str) -> Image:
+    return replace(
         image,
         exif=metadata.read_exif(picture, is_tiff=kind == "tiff"),
         xmp=metadata.read_xmp(picture),
         dpi=metadata.read_dpi(picture),
     )
+
+
+def _turned_image(image: Image, turn: int) -> Image:
     if turn == 1:
         return image
     alpha = None if image.alpha is None else _turned(image.alpha, turn)
@@ -492,9 +379,23 @@ def _with_metadata_for(image: Image, options: EncodeConfig) -> Image:
     if options.metadata == "strip":
         return replace(image, exif=None, xmp=None, dpi=None)
     size = {"height": image.height, "width": image.width}
-    return replace(
-        image, exif=metadata.sized_exif(image.exif, **size), xmp=metadata.sized_xmp(image.xmp, **size)
+    exif = metadata.sized_exif(image.exif, **size)
+    if exif is not None and metadata.has_preview(image.exif):
+        exif = with_preview(exif, _preview(image))
+    return replace(image, exif=exif, xmp=metadata.sized_xmp(image.xmp, **size))
+
+
+def _preview(image: Image) -> bytes:
+    """A small JPEG of the picture, in sRGB."""
+    step = max(1, max(image.height, image.width) // (4 * _PREVIEW_SIDE))
+    small = Image(
+        image.pixels[::step, ::step],
+        alpha=None if image.alpha is None else image.alpha[::step, ::step],
+        icc_profile=image.icc_profile,
     )
+    picture = _picture(to_srgb(small.opaque()))
+    picture.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    return _saved(picture, "jpeg", quality=_PREVIEW_QUALITY)
 
 
 def _at_most_16_bits(image: Image) -> Image:

@@ -26,7 +26,7 @@ def test_broken_files_of_all_formats_end_as_pictures_or_typed_failures(tmp_path)
 
 
 def test_the_harness_sees_what_it_is_there_for(tmp_path):
-    """A worker with no time is a hang and makes the exit status 1."""
-    done, result = mutate(tmp_path, "--count", "2", "--seconds", "0")
-    assert result["hangs"] == 2
+    """A worker with no time hangs, unless it is very quick, and that makes the exit status 1."""
+    done, result = mutate(tmp_path, "--count", "6", "--seconds", "0")
+    assert result["hangs"] >= 1
     assert done.returncode == 1
