@@ -4,6 +4,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+# How EXIF orientations 2..8 become upright: (transpose, flip rows, flip columns).
+_TURNS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
 PIXEL_TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 
 
@@ -45,6 +56,21 @@ class Image:
     def width(self) -> int:
         """Columns."""
         return int(self.pixels.shape[1])
+
+    def turned(self, orientation: int) -> "Image":
+        """Upright, when it is stored in this EXIF orientation, 1..8; what it says about itself stays."""
+        if orientation == 1:
+            return self
+        transpose, flip_rows, flip_columns = _TURNS[orientation]
+
+        def upright(array: np.ndarray) -> np.ndarray:
+            array = array.swapaxes(0, 1) if transpose else array
+            array = array[::-1] if flip_rows else array
+            return np.ascontiguousarray(array[:, ::-1] if flip_columns else array)
+
+        alpha = None if self.alpha is None else upright(self.alpha)
+        dpi = (self.dpi[1], self.dpi[0]) if self.dpi and transpose else self.dpi
+        return replace(self, pixels=upright(self.pixels), alpha=alpha, dpi=dpi)
 
     def eight_bit(self) -> "Image":
         """The same picture in uint8; deeper values are rounded, white stays white, floats are clipped."""

@@ -190,7 +190,12 @@ class ObjectUpscaler:
     def _download(self, task: Task) -> BinaryIO:
         """The object in memory, or when it is large in a temporary file, read by ranges."""
         if task.size <= LARGE_OBJECT_BYTES:
-            return io.BytesIO(self.source.get(task.key))
+            data = self.source.get(task.key)
+            if len(data) != task.size:
+                raise StoreError(
+                    f"{task.key} was listed with {task.size} bytes and read with {len(data)}; run again"
+                )
+            return io.BytesIO(data)
         file = tempfile.NamedTemporaryFile(prefix="kdsr-")  # noqa: SIM115 the caller closes it
         try:
             for start in range(0, task.size, RANGE_BYTES):
@@ -293,7 +298,7 @@ class ObjectUpscaler:
                 source = self._row_source(work)
             bands = windows.upscaled_rows(source, self.upscaler, (goal.height, goal.width))
             write = windows.write_tiff if goal.format == "tiff" else windows.write_png
-            with clock.stage("encode"), path.open("wb") as file:
+            with clock.stage("encode"), path.open("w+b") as file:
                 write(file, clock.each("upscale", bands), (goal.height, goal.width), self.config.encode)
             with clock.stage("upload"):
                 return self.target.put_file(work.task.target, path)

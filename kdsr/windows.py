@@ -18,6 +18,7 @@ import numpy as np
 import tifffile
 from isal import isal_zlib
 
+from kdsr.codecs import tiff
 from kdsr.codecs.metadata import sized_exif, sized_xmp
 from kdsr.codecs.png import PngWriter, metadata_chunks
 from kdsr.config import EncodeConfig
@@ -83,7 +84,7 @@ class TiffRows:
         self.height, self.width = page.imagelength, page.imagewidth
         self.has_alpha = page.samplesperpixel in (2, 4)
         self.is_float = page.dtype == np.float32
-        self._metadata = metadata or _metadata(page)
+        self._metadata = metadata or _described_pixel(page)
         self._segment_height = page.tilelength if page.is_tiled else page.rowsperstrip
         self._per_row = -(-page.imagewidth // page.tilewidth) if page.is_tiled else 1
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -171,26 +172,9 @@ def can_read(file: tifffile.TiffFile) -> bool:
     )
 
 
-def _metadata(page: Any) -> Image:
-    """ICC profile, XMP and resolution of a page, on an image of one pixel."""
-    tags = {tag.name: tag.value for tag in page.tags}
-    xmp, profile = tags.get("XMP"), tags.get("InterColorProfile")
-    return Image(
-        np.zeros((1, 1, 1), np.uint8),
-        icc_profile=bytes(profile) if profile else None,
-        xmp=bytes(xmp) if xmp else None,
-        dpi=_dpi(tags),
-    )
-
-
-def _dpi(tags: dict[str, Any]) -> tuple[float, float] | None:
-    per_inch = {2: 1.0, 3: 2.54}.get(int(tags.get("ResolutionUnit", 2)))
-    if per_inch is None or not {"XResolution", "YResolution"} <= tags.keys():
-        return None
-    (x, x_unit), (y, y_unit) = tags["XResolution"], tags["YResolution"]
-    if not (x and y and x_unit and y_unit):
-        return None
-    return per_inch * x / x_unit, per_inch * y / y_unit
+def _described_pixel(page: Any) -> Image:
+    """One pixel with all that the page says about itself."""
+    return tiff.described(Image(np.zeros((1, 1, 1), np.uint8), icc_profile=tiff.profile(page)), page)
 
 
 # ---------------------------------------------------------------- upscaling
@@ -236,15 +220,20 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 def write_tiff(
     file: BinaryIO, bands: Iterable[Image], target: tuple[int, int], options: EncodeConfig
 ) -> None:
-    """Bands of rows to a tiled TIFF of `target` size; a BigTIFF when it may pass 4 GB."""
+    """Bands of rows to a tiled TIFF of `target` size; a BigTIFF when it may pass 4 GB.
+
+    `file` must be readable too.
+    """
     first, bands = _peeked(bands)
     channels = first.pixels.shape[2] + (first.alpha is not None)
     is_grey, dtype = first.pixels.shape[2] == 1, first.pixels.dtype
     compression, predictor = _COMPRESSION[options.tiff_compression], 2 if dtype != np.float32 else 1
     compressed = options.tiff_compression != "none"
     encode = partial(_tiff_tile, compression=options.tiff_compression)
-    num_bytes = target[0] * target[1] * channels * dtype.itemsize
-    with tifffile.TiffWriter(file, bigtiff=num_bytes > 2**32 - 2**25) as writer:
+    is_big = target[0] * target[1] * channels * dtype.itemsize > 2**32 - 2**25
+    described = _described(first, target, options)
+    directories = tiff.exif_directories(described)
+    with tifffile.TiffWriter(file, bigtiff=is_big, byteorder="<") as writer:
         writer.write(
             _tiff_tiles(bands, encode),
             shape=(*target, channels) if channels > 1 else target,
@@ -257,22 +246,12 @@ def write_tiff(
             predictor=predictor if compressed else None,
             metadata=None,
             software=False,
-            **_tiff_metadata(first, target, options),
+            **tiff.tag_arguments(described, directories, is_big=is_big),
         )
+    tiff.append_directories(file, directories, is_big=is_big)
 
 
 _COMPRESSION = {"deflate": "adobe_deflate", "lzw": "lzw", "none": None}
-
-
-def _tiff_metadata(image: Image, target: tuple[int, int], options: EncodeConfig) -> dict[str, Any]:
-    """Arguments of tifffile's writer. EXIF of another format is left out."""
-    kept = _kept(image, target, options)
-    found: dict[str, Any] = {"iccprofile": kept["icc_profile"]}
-    if kept.get("dpi"):
-        found |= {"resolution": kept["dpi"], "resolutionunit": "inch"}
-    if kept.get("xmp"):
-        found["extratags"] = [(700, "B", len(kept["xmp"]), kept["xmp"], True)]
-    return found
 
 
 def _tiff_tiles(bands: Iterable[Image], encode: Any) -> Iterator[bytes]:
@@ -310,7 +289,7 @@ def write_png(file: BinaryIO, bands: Iterable[Image], target: tuple[int, int], o
     """Bands of rows to a PNG of `target` size; floats in 16 bits."""
     first, bands = _peeked(bands)
     channels = first.pixels.shape[2] + (first.alpha is not None)
-    chunks = metadata_chunks(_kept(first, target, options))
+    chunks = metadata_chunks(_described(first, target, options))
     bits = 8 if first.pixels.dtype == np.uint8 else 16
     writer = PngWriter(file, *target, channels, bits, level=options.png_level, chunks=chunks)
     for band in bands:
@@ -323,17 +302,16 @@ def _sixteen_bits(planes: np.ndarray) -> np.ndarray:
     return np.rint(planes.clip(0, 1) * 65535).astype(np.uint16)
 
 
-def _kept(image: Image, target: tuple[int, int], options: EncodeConfig) -> dict[str, Any]:
-    """What the file says about the picture beside its pixels."""
+def _described(image: Image, target: tuple[int, int], options: EncodeConfig) -> Image:
+    """`image` with what its file will say about it beside the pixels."""
     if options.metadata == "strip":
-        return {"icc_profile": image.icc_profile}
+        return replace(image, exif=None, xmp=None, dpi=None)
     height, width = target
-    return {
-        "icc_profile": image.icc_profile,
-        "dpi": image.dpi,
-        "exif": sized_exif(image.exif, height=height, width=width),
-        "xmp": sized_xmp(image.xmp, height=height, width=width),
-    }
+    return replace(
+        image,
+        exif=sized_exif(image.exif, height=height, width=width),
+        xmp=sized_xmp(image.xmp, height=height, width=width),
+    )
 
 
 def _peeked(bands: Iterable[Image]) -> tuple[Image, Iterator[Image]]:

@@ -70,6 +70,4 @@ def decode(data: bytes, *, max_pixels: int) -> Image:
             f"{header.width} x {header.height} pixels are more than max_pixels {max_pixels}; "
             f"raise it if the image is wanted"
         )
-    if kind == "gif":
-        return next(decode_frames(data, max_pixels=max_pixels, max_frames=2**31)).image
     return raster.decode(data, kind)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kdsr.codecs import raster
@@ -83,13 +82,8 @@ def decode_webp(data: bytes, structure: WebPStructure) -> Iterator[Frame]:
     picture: Any = WebPImageFile(io.BytesIO(data))
     if picture.n_frames != len(structure.milliseconds):
         raise ImageCorrupt(f"{len(structure.milliseconds)} frames are listed and {picture.n_frames} are good")
-    kept: dict[str, Any] = {name: picture.info.get(name) for name in ("icc_profile", "exif", "xmp")}
-    for number, milliseconds in enumerate(structure.milliseconds):
-        picture.seek(number)
-        picture.load()
-        planes = np.asarray(picture)
-        alpha = np.ascontiguousarray(planes[:, :, 3]) if planes.shape[2] == 4 else None
-        yield Frame(Image(np.ascontiguousarray(planes[:, :, :3]), alpha=alpha, **kept), milliseconds / 1000)
+    for image, milliseconds in zip(raster.composed_frames(picture), structure.milliseconds, strict=True):
+        yield Frame(image, milliseconds / 1000)
 
 
 # ---------------------------------------------------------------- writing

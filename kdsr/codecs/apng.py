@@ -10,19 +10,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from kdsr.codecs import raster
+from PIL.PngImagePlugin import PngImageFile
+
+from kdsr.codecs import metadata, png, raster
 from kdsr.codecs.canvas import Box, Canvas, changed_box, cropped, planes_of
+from kdsr.codecs.png import SIGNATURE
 from kdsr.config import EncodeConfig
 from kdsr.errors import ImageCorrupt, ImageUnsupported
 from kdsr.image import Frame, Image
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CONTROL = struct.Struct(">IIIIIHHBB")
 _CLEAR, _RESTORE = 1, 2
 _OVER = 1
 
-# What a frame needs to have the colours of the file. Its EXIF might turn it and stay outside.
-_SHARED = {b"PLTE", b"tRNS", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"pHYs", b"iTXt"}
+# What a frame needs to have the colours of the file. EXIF and XMP would turn it and stay outside.
+_SHARED = {b"PLTE", b"tRNS", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,6 @@ class Apng:
     kind: bytes
     """The end of IHDR: depth, colour type and methods."""
     shared: list[Chunk]
-    exif: Chunk | None
     frames: list[ApngFrame]
 
 
@@ -109,7 +110,6 @@ def scan(data: bytes) -> Apng:
     width, height = struct.unpack(">II", header[:8])
     first_pixels = next((n for n, chunk in enumerate(chunks) if chunk.name == b"IDAT"), len(chunks))
     shared = [chunk for chunk in chunks[:first_pixels] if chunk.name in _SHARED]
-    exif = next((chunk for chunk in chunks if chunk.name == b"eXIf"), None)
     frames = _frames(data, chunks)
     announced = next(data[chunk.content][:4] for chunk in chunks if chunk.name == b"acTL")
     if int.from_bytes(announced, "big") != len(frames):
@@ -119,7 +119,7 @@ def scan(data: bytes) -> Apng:
     for frame in frames:
         if frame.box.clipped(height, width) != frame.box or not frame.box.height or not frame.box.width:
             raise ImageCorrupt(f"a frame covers {frame.box} of a canvas of {width} x {height}")
-    return Apng(height, width, header[8:], shared, exif, frames)
+    return Apng(height, width, header[8:], shared, frames)
 
 
 def _frames(data: bytes, chunks: list[Chunk]) -> list[ApngFrame]:
@@ -151,18 +151,19 @@ def _frame(control: bytes) -> ApngFrame:
 def decode_apng(data: bytes, apng: Apng) -> Iterator[Frame]:
     """Each frame as it is seen, 8 or 16 bits as in the file."""
     canvas: Canvas | None = None
+    picture = PngImageFile(io.BytesIO(png.with_metadata_first(data)))
+    turn, described = metadata.orientation(picture), metadata.described(picture)
     for number, frame in enumerate(apng.frames):
         image = raster.decode(_alone(data, apng, frame), "png")
         if canvas is None:
-            exif = None if apng.exif is None else data[apng.exif.content]
-            first = replace(image, pixels=image.pixels[:1, :1], alpha=None, exif=exif)
             with_alpha = image.alpha is not None or _may_show_nothing(apng)
             canvas = Canvas(apng.height, apng.width, channels=image.pixels.shape[2], dtype=image.pixels.dtype)
         below = canvas.cut(frame.box) if frame.disposal == _RESTORE and number else None
         lay = canvas.lay_over if frame.blend == _OVER else canvas.replace
         lay(frame.box, planes_of(image))
         shown = canvas.picture(with_alpha=with_alpha)
-        yield Frame(replace(first, pixels=shown.pixels, alpha=shown.alpha), frame.seconds)
+        shown = replace(shown, icc_profile=image.icc_profile, **described)
+        yield Frame(shown.turned(turn), frame.seconds)
         if below is not None:
             canvas.replace(frame.box, below)
         elif frame.disposal in (_CLEAR, _RESTORE):
@@ -181,19 +182,13 @@ def _alone(data: bytes, apng: Apng, frame: ApngFrame) -> bytes:
         raise ImageCorrupt("a frame of the animation has no pixels")
     file = io.BytesIO()
     file.write(SIGNATURE)
-    write_chunk(file, b"IHDR", struct.pack(">II", frame.box.width, frame.box.height) + apng.kind)
+    file.write(png.chunk(b"IHDR", struct.pack(">II", frame.box.width, frame.box.height) + apng.kind))
     for chunk in apng.shared:
-        write_chunk(file, chunk.name, data[chunk.content])
+        file.write(png.chunk(chunk.name, data[chunk.content]))
     for codes in frame.codes:
-        write_chunk(file, b"IDAT", data[codes])
-    write_chunk(file, b"IEND", b"")
+        file.write(png.chunk(b"IDAT", data[codes]))
+    file.write(png.chunk(b"IEND", b""))
     return file.getvalue()
-
-
-def write_chunk(file: io.BytesIO, name: bytes, content: bytes) -> None:
-    """Length, name, content and checksum."""
-    file.write(struct.pack(">I", len(content)) + name + content)
-    file.write(struct.pack(">I", zlib.crc32(content, zlib.crc32(name))))
 
 
 # ---------------------------------------------------------------- writing
@@ -231,14 +226,14 @@ def _joined(parts: list[_Part], plays: int) -> bytes:
     number = 0
     for chunk in scan_chunks(first, check=False):
         if chunk.name == b"IDAT" and not number:
-            write_chunk(file, b"acTL", struct.pack(">II", len(parts), plays))
-            write_chunk(file, b"fcTL", _control(0, parts[0]))
+            file.write(png.chunk(b"acTL", struct.pack(">II", len(parts), plays)))
+            file.write(png.chunk(b"fcTL", _control(0, parts[0])))
             number = 1
         if chunk.name != b"IEND":
-            write_chunk(file, chunk.name, first[chunk.content])
+            file.write(png.chunk(chunk.name, first[chunk.content]))
     for part in parts[1:]:
         number = _append(file, number, part, kind=first[24:29])
-    write_chunk(file, b"IEND", b"")
+    file.write(png.chunk(b"IEND", b""))
     return file.getvalue()
 
 
@@ -248,11 +243,11 @@ def _append(file: io.BytesIO, number: int, part: _Part, *, kind: bytes) -> int:
         raise ImageUnsupported(
             "frames with different depths or channels cannot be one animated PNG; choose tiff"
         )
-    write_chunk(file, b"fcTL", _control(number, part))
+    file.write(png.chunk(b"fcTL", _control(number, part)))
     number += 1
     for chunk in scan_chunks(part.png, check=False):
         if chunk.name == b"IDAT":
-            write_chunk(file, b"fdAT", struct.pack(">I", number) + part.png[chunk.content])
+            file.write(png.chunk(b"fdAT", struct.pack(">I", number) + part.png[chunk.content]))
             number += 1
     return number
 

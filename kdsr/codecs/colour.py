@@ -19,7 +19,7 @@ def to_srgb(image: Image) -> Image:
     """`image` in sRGB and 8 bits, its ICC profile used and gone; alpha stays.
 
     Without a profile, or with one that is broken or made for other pixels, it is taken for sRGB already.
-    Grey stays grey (H, W, 1) unless a profile has something to say about it.
+    Grey stays grey (H, W, 1), but with an RGB profile it is converted as RGB.
     """
     image = image.eight_bit()
     if image.icc_profile is None:
@@ -30,7 +30,7 @@ def to_srgb(image: Image) -> Image:
     picture = PIL.Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     converted = convert_to_srgb(picture, image.icc_profile)
     if converted is not None:
-        pixels = np.asarray(converted)
+        pixels = _as_grey_as(pixels, np.asarray(converted))
     return replace(image, pixels=pixels, icc_profile=None)
 
 
@@ -44,8 +44,13 @@ def to_srgb_16(image: Image) -> Image:
     if space == "RGB" and pixels.shape[2] == 1:
         pixels = np.repeat(pixels, 3, axis=2)
     if _fits(image.icc_profile, "L" if pixels.shape[2] == 1 else "RGB"):
-        pixels = _deep_transform(pixels, image.icc_profile)
+        pixels = _as_grey_as(pixels, _deep_transform(pixels, image.icc_profile))
     return replace(image, pixels=pixels, icc_profile=None)
+
+
+def _as_grey_as(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """`after` (H, W, 3) with as many channels as `before`: a grey profile makes greys."""
+    return np.ascontiguousarray(after[:, :, 1:2]) if before.shape[2] == 1 else after
 
 
 def cmyk_to_srgb_16(inks: np.ndarray, icc_profile: bytes | None) -> np.ndarray:

@@ -46,6 +46,21 @@ def with_numbers(exif: bytes, numbers: Mapping[int, int]) -> bytes:
     return HEAD + bytes(tiff)
 
 
+def without_field(exif: bytes, tag: int) -> bytes:
+    """`exif` without the field `tag` of its main directory; nothing else moves but the fields behind it."""
+    tiff = bytearray(_without_head(exif))
+    order = _order(tiff)
+    main = _main(tiff, order)
+    fields = list(_fields(tiff, order, main))
+    for field in fields:
+        if field.tag == tag:
+            end = _link(tiff, order) + 4
+            tiff[field.at : end] = tiff[field.at + _FIELD_BYTES : end] + bytes(_FIELD_BYTES)
+            struct.pack_into(f"{order}H", tiff, main, len(fields) - 1)
+            break
+    return HEAD + bytes(tiff)
+
+
 def preview(exif: bytes) -> bytes | None:
     """The small JPEG in its second directory, if it has one."""
     tiff = _without_head(exif)
@@ -76,15 +91,16 @@ def with_preview(exif: bytes, jpeg: bytes) -> bytes:
     fields = (
         struct.pack(f"{order}HHIHH", Base.Compression, _SHORT, 1, _JPEG, 0),
         struct.pack(f"{order}HHII", Base.XResolution, _RATIONAL, 1, inch),
-        struct.pack(f"{order}HHII", Base.YResolution, _RATIONAL, 1, inch),
+        struct.pack(f"{order}HHII", Base.YResolution, _RATIONAL, 1, inch + 8),
         struct.pack(f"{order}HHIHH", Base.ResolutionUnit, _SHORT, 1, _INCH, 0),
-        struct.pack(f"{order}HHII", Base.JpegIFOffset, _LONG, 1, inch + 8),
+        struct.pack(f"{order}HHII", Base.JpegIFOffset, _LONG, 1, inch + 16),
         struct.pack(f"{order}HHII", Base.JpegIFByteCount, _LONG, 1, len(jpeg)),
     )
     directory = struct.pack(f"{order}H", len(fields)) + b"".join(fields) + bytes(4)
+    resolution = struct.pack(f"{order}IIII", 72, 1, 72, 1)
     link = _link(tiff, order)
     tiff = tiff[:link] + struct.pack(f"{order}I", len(tiff)) + tiff[link + 4 :]
-    return HEAD + tiff + directory + struct.pack(f"{order}II", 72, 1) + jpeg
+    return HEAD + tiff + directory + resolution + jpeg
 
 
 def _without_head(exif: bytes) -> bytes:

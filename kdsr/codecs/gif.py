@@ -64,14 +64,22 @@ class GifScanner:
         self._table = self._take(_table_bytes(flags))
 
     def frames(self) -> Iterator[GifFrame]:
-        """All frames. Raises ImageCorrupt behind the last good one when the end of the file is missing."""
-        control = _Control()
-        while (introducer := self._take(1)[0]) != _TRAILER:
+        """All frames. Raises ImageCorrupt behind the last good one when the end of the file is missing.
+
+        Many files end behind a frame without a trailer, and browsers show them.
+        """
+        control, drawn = _Control(), 0
+        while True:
+            if drawn and control == _Control() and self._at == len(self._data):
+                return
+            introducer = self._take(1)[0]
+            if introducer == _TRAILER:
+                return
             if introducer == _EXTENSION:
                 control = self._extension(control)
             elif introducer == _DESCRIPTOR:
                 yield self._frame(control)
-                control = _Control()
+                control, drawn = _Control(), drawn + 1
             elif introducer != 0:
                 raise ImageCorrupt(f"broken GIF: unknown block {introducer:#x} at byte {self._at - 1}")
 
@@ -136,13 +144,22 @@ def _table_bytes(flags: int) -> int:
 # ---------------------------------------------------------------- reading
 
 
-def canvas_size(scanner: GifScanner, first: GifFrame) -> tuple[int, int]:
-    """(height, width): the announced one, larger when the first frame needs it."""
-    return max(scanner.height, first.box.bottom), max(scanner.width, first.box.right)
+def canvas_size(data: bytes) -> tuple[int, int]:
+    """(height, width): the announced one, larger when the first frame needs it. Raises ImageCorrupt."""
+    scanner = GifScanner(data)
+    first = next(scanner.frames(), None)
+    if first is None:
+        raise ImageCorrupt("the GIF has no frame")
+    height, width = max(scanner.height, first.box.bottom), max(scanner.width, first.box.right)
+    if not height or not width:
+        raise ImageCorrupt(f"the header announces {width} x {height} pixels")
+    return height, width
 
 
-def decode_gif(data: bytes, frames: list[GifFrame], height: int, width: int) -> Iterator[Frame]:
-    """Each frame as it is seen, (height, width); grey when all colours are."""
+def decode_gif(data: bytes) -> Iterator[Frame]:
+    """Each frame as it is seen; grey when all colours are."""
+    height, width = canvas_size(data)
+    frames = list(GifScanner(data).frames())
     grey = all(_is_grey(frame.table) for frame in frames)
     with_alpha = _may_show_nothing(frames, height, width)
     canvas = Canvas(height, width, channels=1 if grey else 3, dtype=np.dtype(np.uint8))
@@ -292,6 +309,8 @@ def _coded(pixels: np.ndarray, visible: np.ndarray) -> _Coded:
         drawn = pixels[visible]
         fill = drawn[0] if len(drawn) else np.zeros(pixels.shape[2], dtype=np.uint8)
         pixels = np.where(visible[:, :, None], pixels, fill)
+    if holes and pixels.shape[2] == 1:
+        pixels = np.minimum(pixels, 254)  # one of 256 greys has to go
     palette, indices = _quantized(np.repeat(pixels, 3 // pixels.shape[2], axis=2), 255 if holes else 256)
     transparent = len(palette) if holes else None
     if transparent is not None:

@@ -6,7 +6,7 @@ What cannot be understood is left out: a broken EXIF never fails an image.
 import re
 import struct
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import PIL.Image
 from PIL.ExifTags import IFD, Base
@@ -40,6 +40,8 @@ _ABOUT_THE_PICTURE = (
 TURNED_ASIDE = (5, 6, 7, 8)
 """EXIF orientations that change height and width for each other."""
 
+_THUMBNAILS = re.compile(rb"<(xmp|xap):Thumbnails>.*?</\1:Thumbnails>", re.DOTALL)
+
 _XMP_SIZES = {
     "ImageWidth": "width",
     "PixelXDimension": "width",
@@ -51,33 +53,59 @@ _XMP_SIZES = {
 def orientation(picture: PIL.Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or the EXIF is broken."""
     try:
-        found = picture.getexif().get(Base.Orientation, 1)
+        # Pillow's own PNG method would decode the pixels first.
+        found = PIL.Image.Image.getexif(picture).get(Base.Orientation, 1)
     except _MALFORMED:
         return 1
     return int(found) if found in range(1, 9) else 1
 
 
-def read_exif(picture: PIL.Image.Image, *, is_tiff: bool) -> bytes | None:
-    """EXIF with orientation 1, of a TIFF without the tags that say how it is stored; None without any.
+def described(picture: PIL.Image.Image) -> dict[str, Any]:
+    """EXIF, XMP and resolution as an `Image` names them."""
+    return {"exif": _read_exif(picture), "xmp": _read_xmp(picture), "dpi": _read_dpi(picture)}
+
+
+def _read_exif(picture: PIL.Image.Image) -> bytes | None:
+    """EXIF with orientation 1; None without any.
 
     Where it can be, it is as the camera wrote it, so that a MakerNote keeps its meaning.
     """
     try:
         exif = picture.getexif()
-        if is_tiff:
-            exif = _of_tiff(exif)
         if not exif:
             return None
-        written = exif.tobytes()
         as_found = picture.info.get("exif")
-        if not is_tiff and isinstance(as_found, bytes):
-            written = as_found
-        return exif_bytes.with_numbers(written, {Base.Orientation: 1})
+        return upright_exif(as_found if isinstance(as_found, bytes) else exif.tobytes())
     except _MALFORMED:
         return None
 
 
-def _of_tiff(exif: PIL.Image.Exif) -> PIL.Image.Exif:
+def upright_exif(exif: bytes) -> bytes | None:
+    """`exif` with orientation 1; None when it is broken."""
+    try:
+        return exif_bytes.with_numbers(exif, {Base.Orientation: 1})
+    except _MALFORMED:
+        return None
+
+
+def read_tiff_exif(file: BinaryIO, directory: int, *, order: str, is_big: bool) -> bytes | None:
+    """EXIF of the page whose directory stands at this byte, without the tags that say how it is stored."""
+    exif = PIL.Image.Exif()
+    exif.endian, exif.bigtiff = order, is_big
+    try:
+        exif.load_from_fp(file, directory)
+        kept = _about_the_picture(exif)
+        return kept.tobytes() if kept else None
+    except _MALFORMED:
+        return None
+
+
+def _without_maker_note(directory: dict[int, Any]) -> dict[int, Any]:
+    """Its offsets count from the begin of the file, and would be wrong in another place."""
+    return {tag: value for tag, value in directory.items() if tag != Base.MakerNote}
+
+
+def _about_the_picture(exif: PIL.Image.Exif) -> PIL.Image.Exif:
     kept = PIL.Image.Exif()
     for tag in _ABOUT_THE_PICTURE:
         if tag in exif:
@@ -85,7 +113,7 @@ def _of_tiff(exif: PIL.Image.Exif) -> PIL.Image.Exif:
     for directory in (IFD.Exif, IFD.GPSInfo):
         content = exif.get_ifd(directory)
         if content:
-            kept[directory] = dict(content)
+            kept[directory] = _without_maker_note(content)
     return kept
 
 
@@ -127,7 +155,7 @@ def exif_directories(exif: bytes | None) -> dict[int, dict[int, Any]]:
     found = {}
     with suppress(*_MALFORMED):
         for directory in (IFD.Exif, IFD.GPSInfo):
-            inner = dict(content.get_ifd(directory))
+            inner = _without_maker_note(content.get_ifd(directory))
             if IFD.Interop in inner:
                 inner[IFD.Interop] = dict(content.get_ifd(IFD.Interop))
             if inner:
@@ -144,19 +172,24 @@ def loaded(exif: bytes | None) -> PIL.Image.Exif:
     return content
 
 
-def read_xmp(picture: PIL.Image.Image) -> bytes | None:
+def _read_xmp(picture: PIL.Image.Image) -> bytes | None:
     """The packet, with orientation 1."""
     found = picture.info.get("xmp") or picture.info.get("XML:com.adobe.xmp")
     if not found:
         return None
-    packet = found.encode() if isinstance(found, str) else bytes(found)
+    return upright_xmp(found.encode() if isinstance(found, str) else bytes(found))
+
+
+def upright_xmp(packet: bytes) -> bytes:
+    """`packet` with orientation 1."""
     return _replaced(packet, "Orientation", 1)
 
 
 def sized_xmp(xmp: bytes | None, *, height: int, width: int) -> bytes | None:
-    """`xmp` for an image of this size."""
+    """`xmp` for an image of this size, without small pictures of the old one."""
     if xmp is None:
         return None
+    xmp = _THUMBNAILS.sub(b"", xmp)
     for name, side in _XMP_SIZES.items():
         xmp = _replaced(xmp, name, width if side == "width" else height)
     return xmp
@@ -168,10 +201,15 @@ def _replaced(packet: bytes, name: str, value: int) -> bytes:
     return re.sub(rf"(<(?:tiff|exif):{name}>)\d+".encode(), rf"\g<1>{value}".encode(), packet)
 
 
-def read_dpi(picture: PIL.Image.Image) -> tuple[float, float] | None:
-    """Pixels per inch, when the file tells and they are plausible; 1 stands for an unknown resolution."""
+def _read_dpi(picture: PIL.Image.Image) -> tuple[float, float] | None:
+    """Pixels per inch, when the file tells."""
     try:
         across, down = (float(number) for number in picture.info["dpi"])
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return None
+    return plausible_dpi(across, down)
+
+
+def plausible_dpi(across: float, down: float) -> tuple[float, float] | None:
+    """Both, or None when they cannot be meant; 1 stands for an unknown resolution."""
     return (across, down) if 1 < across <= 1e5 and 1 < down <= 1e5 else None

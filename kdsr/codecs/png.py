@@ -7,7 +7,6 @@ Source: PNG Specification, third edition, W3C 2025.
 import io
 import struct
 import zlib
-from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,6 +20,7 @@ _UP = 2
 _BAND_BYTES = 2**20  # filtered at once, so that they stay in the cache
 _ISAL_LEVELS = 2  # 0 and 1 are ISA-L's; the others are zlib's
 _INCHES_PER_METRE = 39.3701
+_LATE = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 
 class PngWriter:
@@ -80,32 +80,45 @@ class PngWriter:
             self._file.writelines(_parts(b"IDAT", compressed))
 
 
-def encode(image: Image, *, level: int = 1, exif: bytes | None = None, xmp: bytes | None = None) -> bytes:
-    """`image` (uint8 or uint16) as a PNG with its ICC profile and resolution, and with `exif` and `xmp`."""
+def encode(image: Image, *, level: int = 1) -> bytes:
+    """`image` (uint8 or uint16) as a PNG with all that it says about itself, as it is."""
     planes = image.pixels
     if image.alpha is not None:
         planes = np.concatenate([planes, image.alpha[:, :, None]], axis=2)
     file = io.BytesIO()
     shape = image.height, image.width, planes.shape[2]
-    kept = {"icc_profile": image.icc_profile, "dpi": image.dpi, "exif": exif, "xmp": xmp}
-    writer = PngWriter(file, *shape, 8 * planes.dtype.itemsize, level=level, chunks=metadata_chunks(kept))
+    writer = PngWriter(file, *shape, 8 * planes.dtype.itemsize, level=level, chunks=metadata_chunks(image))
     writer.write(planes)
     writer.close()
     return file.getvalue()
 
 
-def metadata_chunks(kept: Mapping[str, Any]) -> bytes:
-    """iCCP, pHYs, eXIf and iTXt of what is there of icc_profile, dpi, exif and xmp."""
+def metadata_chunks(image: Image) -> bytes:
+    """iCCP, pHYs, eXIf and iTXt of what `image` says about itself."""
     chunks = []
-    if kept.get("icc_profile"):
-        chunks.append(chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(kept["icc_profile"])))
-    if kept.get("dpi"):
-        chunks.append(chunk(b"pHYs", struct.pack(">IIB", *_per_metre(kept["dpi"]), 1)))
-    if kept.get("exif"):
-        chunks.append(chunk(b"eXIf", kept["exif"].removeprefix(b"Exif\0\0")))
-    if kept.get("xmp"):
-        chunks.append(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + kept["xmp"]))
+    if image.icc_profile:
+        chunks.append(chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(image.icc_profile)))
+    if image.dpi:
+        chunks.append(chunk(b"pHYs", struct.pack(">IIB", *_per_metre(image.dpi), 1)))
+    if image.exif:
+        chunks.append(chunk(b"eXIf", image.exif.removeprefix(b"Exif\0\0")))
+    if image.xmp:
+        chunks.append(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + image.xmp))
     return b"".join(chunks)
+
+
+def with_metadata_first(data: bytes) -> bytes:
+    """The PNG with EXIF and texts that stand behind its pixels put before them, if there are any."""
+    late, pixels, at = [], 0, len(SIGNATURE)
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if name == b"IDAT" and not pixels:
+            pixels = at
+        elif pixels and name in _LATE:
+            late.append(data[at:end])
+        at = end
+    return data[:pixels] + b"".join(late) + data[pixels:] if late else data
 
 
 def _per_metre(dpi: tuple[float, float]) -> tuple[int, int]:

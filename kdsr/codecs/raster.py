@@ -1,4 +1,8 @@
-"""Single pictures of every format: Pillow, tifffile for deep TIFF, libheif for HEIC, our own PNG writer."""
+"""Single pictures of every format.
+
+Pillow reads and writes most. What it would spoil is done elsewhere: 16 bits, deep TIFF, 10-bit AVIF and HEIC,
+GIF, and the PNG writer, which is faster.
+"""
 
 import io
 import struct
@@ -13,7 +17,6 @@ import PIL.Image
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
-from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -22,13 +25,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pillow_heif import HeifImageFile
 
-from kdsr.codecs import metadata, png, pnm, ten_bit, tiff
+from kdsr.codecs import jpeg, metadata, png, pnm, ten_bit, tiff
 from kdsr.codecs.colour import convert_to_srgb, profile_space, to_srgb
-from kdsr.codecs.exif import with_preview
+from kdsr.codecs.exif import with_preview, without_field
 from kdsr.codecs.formats import ImageHeader, largest_side
+from kdsr.codecs.gif import canvas_size, decode_gif, encode_gif
 from kdsr.config import EncodeConfig
 from kdsr.errors import ImageCorrupt, ImageTooLarge, ImageUnsupported
-from kdsr.image import Image
+from kdsr.image import Frame, Image
 
 # Pillow's own limit is a constant of the process. `codecs.decode` reads the size from the header and
 # holds it against the caller's limit before anything is decoded.
@@ -42,7 +46,6 @@ _READERS: dict[str, type[ImageFile]] = {
     "tiff": TiffImageFile,
     "avif": AvifImageFile,
     "heic": HeifImageFile,
-    "gif": GifImageFile,
     "bmp": BmpImageFile,
     "ppm": PpmImageFile,
 }
@@ -66,9 +69,6 @@ _MALFORMED = (
     zlib.error,
 )
 
-# Formats without colour profiles: their results are in sRGB.
-_WITHOUT_PROFILE = ("gif", "bmp", "ppm")
-_LARGEST_JPEG_SEGMENT = 65_000
 _PREVIEW_SIDE, _PREVIEW_QUALITY = 160, 85  # as the Exif standard recommends
 
 # Modes that Pillow turns into one that has our layout.
@@ -87,45 +87,35 @@ _LOW_BYTES = {
 # Pillow stretches grey of 2 and 4 bits to 8, but not the grey that a PNG calls transparent.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
-# Quarter turns and mirrors that make EXIF orientation 2..8 upright: (transpose, flip rows, flip columns).
-_UPRIGHT = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
-
 
 def probe(data: bytes, kind: str) -> ImageHeader:
-    """Size of the upright image from the header. An orientation behind a PNG's pixels is not looked for."""
-    with _malformed_is_corrupt():
+    """Size of the upright image, from the header."""
+    with malformed_is_corrupt():
         if kind == "ppm" and data[:2] in pnm.MAGICS:
             width, height = pnm.read_header(data)[:2]
             return ImageHeader(kind, height, width, bits=pnm.bits(data))
-        deep = tiff.deep_page(data) if kind == "tiff" else None
-        if deep is not None:
-            return ImageHeader(kind, *tiff.size(deep), bits=tiff.bits(deep))
-        picture = _open(data, kind)
+        if kind == "tiff" and tiff.is_ours(page := tiff.first_page(data)):
+            return ImageHeader(kind, *tiff.size(page), bits=tiff.bits(page))
+        if kind == "gif":
+            return ImageHeader(kind, *canvas_size(data))
+        picture = _open(png.with_metadata_first(data) if kind == "png" else data, kind)
         width, height = picture.size
         bits = _bits(data, picture, kind)
-    if kind in ("jpeg", "webp", "avif") or (kind == "png" and "exif" in picture.info):
-        height, width = (
-            (width, height) if metadata.orientation(picture) in metadata.TURNED_ASIDE else (height, width)
-        )
+        if kind in _TURNED_BY_EXIF and metadata.orientation(picture) in metadata.TURNED_ASIDE:
+            height, width = width, height
     return ImageHeader(kind, height, width, bits=bits)
 
 
 def decode(data: bytes, kind: str) -> Image:
     """The first frame, upright, 8 or 16 bits or floating point as in the file; CMYK comes out in sRGB."""
-    with _malformed_is_corrupt():
+    with malformed_is_corrupt():
         if kind == "ppm" and data[:2] in pnm.MAGICS:
             return pnm.decode(data)
-        deep = tiff.deep_page(data) if kind == "tiff" else None
-        if deep is not None:
-            return _described(tiff.decode(deep), data, turn=tiff.orientation(deep))
+        if kind == "gif":
+            return next(decode_gif(data)).image
+        page = tiff.first_page(data) if kind == "tiff" else None
+        if page is not None and tiff.is_ours(page):
+            return tiff.described(tiff.decode(page).turned(tiff.orientation(page)), page)
         picture = _open(data, kind)
         raw_modes = {_raw_mode(tile) for tile in picture.tile}
         planes = _deep_planes(data, picture, kind, raw_modes)
@@ -133,10 +123,16 @@ def decode(data: bytes, kind: str) -> Image:
             picture.load()
         if planes is None:
             planes = _planes(picture, raw_modes)
+        if kind == "avif" and planes.shape[2] == 4 and ten_bit.is_grey_avif(data):
+            planes = planes[:, :, 2:]
         planes = _with_transparent_colour(planes, picture)
-    # CMYK has been through its profile already.
-    icc_profile = None if picture.mode == "CMYK" else picture.info.get("icc_profile")
-    return _upright(_image(planes, icc_profile), picture, kind)
+        # CMYK has been through its profile already.
+        icc_profile = None if picture.mode == "CMYK" else picture.info.get("icc_profile")
+        image = _image(planes, icc_profile)
+        if page is not None:
+            return tiff.described(image, page)
+        described = replace(image, **metadata.described(picture))
+        return described.turned(metadata.orientation(picture)) if kind in _TURNED_BY_EXIF else described
 
 
 def encode(image: Image, *, format: str, options: EncodeConfig = EncodeConfig()) -> bytes:  # noqa: A002 the flags' word
@@ -152,18 +148,21 @@ def encode(image: Image, *, format: str, options: EncodeConfig = EncodeConfig())
             f"{image.width} x {image.height}: {format} holds at most {largest_side(format)} pixels a side; "
             f"choose png or tiff"
         )
-    image = _with_metadata_for(image, options)
     match format:
+        case "jpeg":
+            return jpeg.encode(_with_metadata_for(image, options).opaque(), options)
         case "png":
-            return png.encode(
-                _at_most_16_bits(image), level=options.png_level, exif=image.exif, xmp=image.xmp
-            )
+            deep = _at_most_16_bits(_with_metadata_for(image, options))
+            return png.encode(deep, level=options.png_level)
         case "tiff":
-            return tiff.encode(image, options)
+            return tiff.encode(_with_metadata_for(image, options), options)
         case "ppm":
             return pnm.encode(_at_most_16_bits(image))
+        case "gif":
+            return encode_gif([Frame(image)], plays=1)
         case _:
-            return _encode_with_pillow(image, format, options)
+            picture, fields = for_pillow(image, format, options)
+            return _saved(picture, format, **fields)
 
 
 def encode_png(pixels: np.ndarray, *, level: int = 1) -> bytes:
@@ -173,7 +172,7 @@ def encode_png(pixels: np.ndarray, *, level: int = 1) -> bytes:
 
 def decode_png(data: bytes) -> np.ndarray:
     """(H, W, 1 or 3) uint8 of a PNG that `encode_png` made. Raises ImageCorrupt."""
-    with _malformed_is_corrupt():
+    with malformed_is_corrupt():
         picture = _open(data, "png")
         picture.load()
     if picture.mode not in ("L", "RGB"):
@@ -185,7 +184,8 @@ def decode_png(data: bytes) -> np.ndarray:
 
 
 @contextmanager
-def _malformed_is_corrupt() -> Iterator[None]:
+def malformed_is_corrupt() -> Iterator[None]:
+    """What parsers raise on broken bytes is an ImageCorrupt."""
     try:
         yield
     except _MALFORMED as error:
@@ -317,7 +317,8 @@ def _image(planes: np.ndarray, icc_profile: bytes | None) -> Image:
     """Colour and alpha apart."""
     if planes.shape[2] in (1, 3):
         return Image(planes, icc_profile=icc_profile)
-    return Image(planes[:, :, :-1], alpha=planes[:, :, -1], icc_profile=icc_profile)
+    colours, alpha = np.ascontiguousarray(planes[:, :, :-1]), np.ascontiguousarray(planes[:, :, -1])
+    return Image(colours, alpha=alpha, icc_profile=icc_profile)
 
 
 def _bits(data: bytes, picture: ImageFile, kind: str) -> int:
@@ -329,46 +330,14 @@ def _bits(data: bytes, picture: ImageFile, kind: str) -> int:
     return 8
 
 
-# ---------------------------------------------------------------- orientation
-
-
-def _described(image: Image, data: bytes, *, turn: int) -> Image:
-    """A deep TIFF with what Pillow reads in its tags; without, where Pillow knows no such samples."""
-    try:
-        picture = TiffImageFile(io.BytesIO(data))
-    except _MALFORMED:
-        return _turned_image(image, turn)
-    return _turned_image(_with_metadata_of(image, picture, "tiff"), turn)
-
-
-def _upright(image: Image, picture: ImageFile, kind: str) -> Image:
-    """Turned as its EXIF says, and with all that the file tells beside the pixels."""
-    turn = metadata.orientation(picture) if kind in _TURNED_BY_EXIF else 1
-    return _turned_image(_with_metadata_of(image, picture, kind), turn)
-
-
-def _with_metadata_of(image: Image, picture: ImageFile, kind: str) -> Image:
-    return replace(
-        image,
-        exif=metadata.read_exif(picture, is_tiff=kind == "tiff"),
-        xmp=metadata.read_xmp(picture),
-        dpi=metadata.read_dpi(picture),
-    )
-
-
-def _turned_image(image: Image, turn: int) -> Image:
-    if turn == 1:
-        return image
-    alpha = None if image.alpha is None else _turned(image.alpha, turn)
-    dpi = (image.dpi[1], image.dpi[0]) if image.dpi and _UPRIGHT[turn][0] else image.dpi
-    return replace(image, pixels=_turned(image.pixels, turn), alpha=alpha, dpi=dpi)
-
-
-def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    transpose, flip_rows, flip_columns = _UPRIGHT[orientation]
-    array = array.swapaxes(0, 1) if transpose else array
-    array = array[::-1] if flip_rows else array
-    return np.ascontiguousarray(array[:, ::-1] if flip_columns else array)
+def composed_frames(picture: Any) -> Iterator[Image]:
+    """Each picture of an animation that Pillow composes, upright, in 8 bits. `picture` stands at it."""
+    turn, described = metadata.orientation(picture), metadata.described(picture)
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        picture.load()
+        image = _image(_three_axes(np.asarray(picture)), picture.info.get("icc_profile"))
+        yield replace(image, **described).turned(turn)
 
 
 # ---------------------------------------------------------------- writing
@@ -402,15 +371,6 @@ def _at_most_16_bits(image: Image) -> Image:
     return image.sixteen_bit() if image.pixels.dtype == np.float32 else image
 
 
-def _over_white(image: Image) -> Image:
-    """Without alpha, in 8 bits only where there was one."""
-    return image if image.alpha is None else image.opaque()
-
-
-def _in_srgb(image: Image) -> Image:
-    return image if image.icc_profile is None else to_srgb(image)
-
-
 def _picture(image: Image) -> PIL.Image.Image:
     """Mode L, LA, RGB or RGBA."""
     planes = image.pixels
@@ -419,35 +379,31 @@ def _picture(image: Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(planes[:, :, 0] if planes.shape[2] == 1 else planes)
 
 
-def _encode_with_pillow(image: Image, kind: str, options: EncodeConfig) -> bytes:
-    """JPEG, WebP, AVIF, GIF and BMP: 8 bits."""
-    image = image.opaque() if kind in ("jpeg", "bmp") else image.eight_bit()
-    if kind in _WITHOUT_PROFILE:
-        return _saved(_picture(_in_srgb(image)), kind, **_kept(dpi=image.dpi if kind == "bmp" else None))
-    if kind != "jpeg" and profile_space(image.icc_profile or b"") == "GRAY":
-        image = to_srgb(image)  # WebP and AVIF have no grey pixels that the profile would fit
-    fits = kind != "jpeg"
-    return _saved(
-        _picture(image),
-        kind,
-        **_quality(kind, options),
-        **_kept(
-            icc_profile=image.icc_profile,
-            exif=image.exif if fits or len(image.exif or b"") < _LARGEST_JPEG_SEGMENT else None,
-            xmp=image.xmp if fits or len(image.xmp or b"") < _LARGEST_JPEG_SEGMENT else None,
-            dpi=image.dpi if kind == "jpeg" else None,
-        ),
-    )
+def for_pillow(image: Image, kind: str, options: EncodeConfig) -> tuple[PIL.Image.Image, dict[str, Any]]:
+    """The picture in 8 bits, and all that has to be said to save it as WebP, AVIF or BMP."""
+    image = _with_metadata_for(image, options)
+    image = image.opaque() if kind == "bmp" else image.eight_bit()
+    if kind == "bmp":
+        return _picture(to_srgb(image)), _kept(dpi=image.dpi)
+    if kind == "avif" and image.exif is not None:
+        # Pillow would take it out itself, and write the rest in its own way.
+        image = replace(image, exif=without_field(image.exif, Base.Orientation))
+    if kind == "webp" and profile_space(image.icc_profile or b"") == "GRAY":
+        image = to_srgb(image)  # it has no grey pixels that the profile would fit
+    return _picture(image), {
+        **_quality(kind, options, is_grey=image.pixels.shape[2] == 1),
+        **_kept(icc_profile=image.icc_profile, exif=image.exif, xmp=image.xmp),
+    }
 
 
-def _quality(kind: str, options: EncodeConfig) -> dict[str, Any]:
-    match kind:
-        case "jpeg":
-            return {"quality": options.quality, "subsampling": options.subsampling}
-        case "webp":
-            return {"quality": options.quality, "lossless": options.lossless}
-        case _:
-            return {"quality": options.quality, "subsampling": options.subsampling}
+def _quality(kind: str, options: EncodeConfig, *, is_grey: bool) -> dict[str, Any]:
+    if kind == "webp":
+        return {"quality": options.quality, "lossless": options.lossless}
+    is_without_colours = kind == "avif" and is_grey
+    return {
+        "quality": options.quality,
+        "subsampling": "4:0:0" if is_without_colours else options.subsampling,
+    }
 
 
 def _kept(**fields: Any) -> dict[str, Any]:

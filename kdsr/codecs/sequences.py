@@ -4,26 +4,19 @@ A frame of an animation is what is seen at its time, the whole canvas. Pages may
 """
 
 import io
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from PIL.AvifImagePlugin import AvifImageFile
-from PIL.ExifTags import Base
 
 from kdsr.codecs import animated_webp, apng, raster, tiff_pages
-from kdsr.codecs.colour import to_srgb
 from kdsr.codecs.formats import identify, largest_side
 from kdsr.codecs.gif import GifScanner, canvas_size, decode_gif, encode_gif
 from kdsr.config import EncodeConfig
-from kdsr.errors import ImageCorrupt, ImageTooLarge, ImageUnsupported
+from kdsr.errors import ImageTooLarge, ImageUnsupported
 from kdsr.image import Frame, Image
 
 MOST_FRAMES = 100_000
@@ -31,31 +24,6 @@ MOST_FRAMES = 100_000
 
 HOLD_FRAMES = frozenset({"gif", "png", "webp", "tiff", "avif"})
 """Formats of several frames."""
-
-
-# What Pillow's parsers raise on broken bytes, found by feeding it such bytes.
-_MALFORMED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-
-
-@contextmanager
-def _malformed_is_corrupt() -> Iterator[None]:
-    try:
-        yield
-    except _MALFORMED as error:
-        raise ImageCorrupt(f"broken or cut off: {error}") from error
 
 
 def count_frames(data: bytes, format: str) -> tuple[int, int]:  # noqa: A002 the word of the jobs' flags
@@ -66,7 +34,7 @@ def count_frames(data: bytes, format: str) -> tuple[int, int]:  # noqa: A002 the
     `MOST_FRAMES`.
     """
     count = _COUNTERS.get(format)
-    with _malformed_is_corrupt():
+    with raster.malformed_is_corrupt():
         frames, plays = (1, 0) if count is None else count(data)
     if frames > MOST_FRAMES:
         raise ImageTooLarge(f"the file has more than {MOST_FRAMES} frames; at most as many are read")
@@ -125,53 +93,14 @@ def decode_frames(data: bytes, *, max_pixels: int, max_frames: int) -> Iterator[
         raise ImageTooLarge(
             f"{frames} frames are more than max_frames {max_frames}; raise it if they are wanted"
         )
-    read = _READERS[kind] if frames > 1 else _read_still
-    with _malformed_is_corrupt():
+    read = _READERS[kind] if frames > 1 or kind == "gif" else _read_still
+    with raster.malformed_is_corrupt():
         return _guarded(read(data, max_pixels))
 
 
 def _guarded(frames: Iterator[Frame]) -> Iterator[Frame]:
-    with _malformed_is_corrupt():
-        for frame in frames:
-            yield replace(frame, image=_upright(frame.image))
-
-
-def _upright(image: Image) -> Image:
-    """Turned as its EXIF says, which then says so no more. Most readers have done that already."""
-    if image.exif is None:
-        return image
-    orientation, exif = _orientation(image.exif)
-    if orientation not in _TURNS:
-        return replace(image, exif=exif)
-    turn = _TURNS[orientation]
-    alpha = None if image.alpha is None else np.ascontiguousarray(turn(image.alpha))
-    return replace(image, pixels=np.ascontiguousarray(turn(image.pixels)), alpha=alpha, exif=exif)
-
-
-@lru_cache(maxsize=4)
-def _orientation(exif: bytes) -> tuple[int, bytes | None]:
-    """Orientation 1..8, and the EXIF with 1; (1, None) when it is broken. Cached: all frames share one."""
-    parsed = PIL.Image.Exif()
-    try:
-        parsed.load(exif)
-        orientation = int(parsed.get(Base.Orientation, 1))
-        if Base.Orientation in parsed:
-            parsed[Base.Orientation] = 1
-        return orientation, parsed.tobytes()
-    except _MALFORMED:
-        return 1, None
-
-
-# How EXIF orientations become upright; rows and columns are the first two axes.
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda array: np.rot90(array, 2),
-    4: np.flipud,
-    5: lambda array: array.swapaxes(0, 1),
-    6: lambda array: np.rot90(array, -1),
-    7: lambda array: np.rot90(array, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
+    with raster.malformed_is_corrupt():
+        yield from frames
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
@@ -190,14 +119,10 @@ def _read_still(data: bytes, max_pixels: int) -> Iterator[Frame]:
 
 
 def _read_gif(data: bytes, max_pixels: int) -> Iterator[Frame]:
-    frames = list(GifScanner(data).frames())
-    height, width = canvas_size(GifScanner(data), frames[0])
-    if not height or not width:
-        raise ImageCorrupt(f"the header announces {width} x {height} pixels")
-    _check_size(height, width, max_pixels)
-    for frame in frames:
+    _check_size(*canvas_size(data), max_pixels)
+    for frame in GifScanner(data).frames():
         _check_size(frame.box.height, frame.box.width, max_pixels)
-    return decode_gif(data, frames, height, width)
+    return decode_gif(data)
 
 
 def _read_png(data: bytes, max_pixels: int) -> Iterator[Frame]:
@@ -241,13 +166,7 @@ def _open_avif(data: bytes) -> Any:
 
 def _avif_frames(picture: Any) -> Iterator[Frame]:
     """8 bits. Times are in milliseconds."""
-    kept: dict[str, Any] = {name: picture.info.get(name) for name in ("icc_profile", "exif", "xmp")}
-    for number in range(picture.n_frames):
-        picture.seek(number)
-        picture.load()
-        planes = np.asarray(picture)
-        alpha = np.ascontiguousarray(planes[:, :, 3]) if planes.shape[2] == 4 else None
-        image = Image(np.ascontiguousarray(planes[:, :, :3]), alpha=alpha, **kept)
+    for image in raster.composed_frames(picture):
         yield Frame(image, picture.info["duration"] / 1000)
 
 
@@ -335,35 +254,15 @@ def _like(image: Image, first: Image) -> Image:
 def _encode_avif(frames: Iterable[Frame], options: EncodeConfig) -> bytes:
     """8 bits; Pillow wants all frames at once."""
     pictures, times = [], []
-    seconds, milliseconds, first = 0.0, 0, None
+    seconds, milliseconds = 0.0, 0
+    fields: dict[str, Any] = {}
     for frame in frames:
-        image = to_srgb(frame.image) if frame.image.pixels.shape[2] == 1 else frame.image.eight_bit()
-        first = first or image
+        picture, fields_of_frame = raster.for_pillow(frame.image, "avif", options)
+        fields = fields or fields_of_frame
         seconds += frame.seconds
         times.append(round(seconds * 1000) - milliseconds)
         milliseconds += times[-1]
-        pictures.append(_picture(image))
-    assert first is not None, "the caller hands over at least one frame"
-    kept = {"icc_profile": first.icc_profile}
-    if options.metadata == "keep":
-        kept |= {"exif": first.exif, "xmp": first.xmp}
+        pictures.append(picture)
     file = io.BytesIO()
-    pictures[0].save(
-        file,
-        "AVIF",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=times,
-        quality=options.quality,
-        subsampling=options.subsampling,
-        **{name: value for name, value in kept.items() if value},
-    )
+    pictures[0].save(file, "AVIF", save_all=True, append_images=pictures[1:], duration=times, **fields)
     return file.getvalue()
-
-
-def _picture(image: Image) -> PIL.Image.Image:
-    """Mode RGB or RGBA."""
-    planes = np.repeat(image.pixels, 3 // image.pixels.shape[2], axis=2)
-    if image.alpha is not None:
-        planes = np.concatenate([planes, image.alpha[:, :, None]], axis=2)
-    return PIL.Image.fromarray(planes)

@@ -1,6 +1,10 @@
-"""AVIF and HEIC of 10 and 12 bits, of which Pillow gives 8: their pixels, as uint16 over the whole range."""
+"""AVIF and HEIC of 10 and 12 bits, of which Pillow gives 8: their pixels, as uint16 over the whole range.
+
+Source of the fields of an AVIF's header: AV1 Codec ISO Media File Format Binding, section 2.3.
+"""
 
 import io
+from collections.abc import Iterator
 
 import imagecodecs
 import numpy as np
@@ -8,14 +12,27 @@ import pillow_heif
 from PIL.ImageFile import ImageFile
 
 _HEIF_MODES = {"RGB;16": 3, "RGBA;16": 4, "I;16": 1}
+_HIGH_BIT_DEPTH, _TWELVE_BITS, _MONOCHROME = 0x40, 0x20, 0x10
 _HEAD_BYTES = 2**16  # the AV1 configuration stands among the first boxes
 
 
 def avif_bits(data: bytes) -> int:
-    """8, 10 or 12, from the AV1 codec configuration. Source: AV1 Codec ISO Media File Format, 2.3.3."""
+    """8, 10 or 12."""
+    flags = next(_av1_flags(data), 0)
+    return 8 if not flags & _HIGH_BIT_DEPTH else 12 if flags & _TWELVE_BITS else 10
+
+
+def is_grey_avif(data: bytes) -> bool:
+    """Whether it has no colours; transparency never has."""
+    return all(flags & _MONOCHROME for flags in _av1_flags(data))
+
+
+def _av1_flags(data: bytes) -> Iterator[int]:
+    """Of each AV1 codec configuration, the picture's and that of its transparency."""
     at = data.find(b"av1C", 0, _HEAD_BYTES)
-    flags = data[at + 6] if 0 <= at < len(data) - 6 else 0
-    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
+    while 0 <= at < len(data) - 6:
+        yield data[at + 6]
+        at = data.find(b"av1C", at + 4, _HEAD_BYTES)
 
 
 def heic_bits(picture: ImageFile) -> int:

@@ -9,45 +9,7 @@ from PIL import ImageCms
 from kdsr import codecs
 from kdsr.codecs.colour import profile_space
 from kdsr.image import Image
-
-# ICC.1:2022: a header of 128 bytes, a table of tags, their data.
-
-
-def icc(space, tags, *, pcs="XYZ ", device="mntr"):
-    head = b"\0\0\0\0lcms" + struct.pack(">I", 0x02400000) + f"{device}{space}{pcs}".encode()
-    head = head.ljust(36, b"\0") + b"acsp"
-    head = head.ljust(68, b"\0") + struct.pack(">III", 0xF6D6, 0x10000, 0xD32D)
-    table, data = struct.pack(">I", len(tags)), b""
-    begin = 128 + 4 + 12 * len(tags)
-    for name, content in tags.items():
-        table += name.encode() + struct.pack(">II", begin + len(data), len(content))
-        data += content.ljust(-len(content) % 4 + len(content), b"\0")
-    profile = head.ljust(128, b"\0") + table + data
-    return struct.pack(">I", len(profile)) + profile[4:]
-
-
-def xyz(*values):
-    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
-
-
-def gamma(value):
-    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256))
-
-
-WHITE = xyz(0.9642, 1.0, 0.8249)
-ADOBE_RGB = icc(
-    "RGB ",
-    {
-        "wtpt": WHITE,
-        "rXYZ": xyz(0.60974, 0.31111, 0.01947),
-        "gXYZ": xyz(0.20528, 0.62567, 0.06087),
-        "bXYZ": xyz(0.14919, 0.06322, 0.74457),
-        "rTRC": gamma(2.19921875),
-        "gTRC": gamma(2.19921875),
-        "bTRC": gamma(2.19921875),
-    },
-)
-LINEAR_GREY = icc("GRAY", {"wtpt": WHITE, "kTRC": gamma(1.0)})
+from tests.unit.codecs.profiles import ADOBE_RGB, LINEAR_GREY, WHITE, icc_of
 
 
 def only_black_ink():
@@ -56,7 +18,7 @@ def only_black_ink():
     corners = b"".join(bytes([0 if index & 1 else 255, 128, 128]) for index in range(16))
     matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + corners + ramp * 3
-    return icc("CMYK", {"wtpt": WHITE, "A2B0": lut}, pcs="Lab ", device="prtr")
+    return icc_of("CMYK", {"wtpt": WHITE, "A2B0": lut}, pcs="Lab ", device="prtr")
 
 
 def flat(*colour):
@@ -88,7 +50,7 @@ def test_srgb_under_any_name_stays_bit_exact():
 def test_a_grey_profile_is_used():
     image = codecs.to_srgb(Image(flat(128), icc_profile=LINEAR_GREY))
 
-    assert image.pixels[0, 0].tolist() == pytest.approx([188] * 3, abs=1), "half the light is 188 in sRGB"
+    assert image.pixels[0, 0].tolist() == pytest.approx([188], abs=1), "half the light is 188 in sRGB"
 
 
 def test_grey_pixels_with_an_rgb_profile_are_converted_as_rgb():
