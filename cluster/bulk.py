@@ -4,6 +4,7 @@ list -> manifest -> minus what is done -> one stage of actors that read, upscale
 rows -> ledger -> report. Only tasks and status rows travel through Ray; pixels never leave their actor.
 """
 
+import glob
 import math
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -21,11 +23,12 @@ from ray.actor import ActorHandle
 from tqdm import tqdm
 
 from cluster import session
-from kdsr import manifest
+from kdsr import manifest, upscale_report
 from kdsr.checkpoint import load_model
+from kdsr.codecs import SUFFIXES
 from kdsr.config import UpscaleConfig
 from kdsr.engine import Engine, choose_precision
-from kdsr.errors import CheckpointCorrupt, KdsrError
+from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.forecast import Forecast, forecast
 from kdsr.manifest import Plan, Records, Report, Status, Task
 from kdsr.models import SrModel
@@ -33,12 +36,12 @@ from kdsr.naming import Naming, Selection
 from kdsr.objects import ObjectUpscaler, PixelBudget
 from kdsr.progress import JsonProgress, progress_bar
 from kdsr.spec import Card
-from kdsr.store import open_store
+from kdsr.store import open_object, open_store
 from kdsr.upscale import Upscaler, compute_threads
 
 MAX_TASK_ROWS = 16
 """Images that an actor is given at once: what is redone when it dies, and how often progress is heard of."""
-EXTRA_IMAGES = 2
+EXTRA_IMAGES = 4
 """Images that an actor downloads, decodes, encodes or writes while others keep its cores busy."""
 BUDGET_PIXELS = 256_000_000
 """Output pixels that an actor holds at once; an image beyond it is done alone."""
@@ -70,7 +73,11 @@ def upscale(config: UpscaleConfig, *, command: str = "") -> Report:
         _run(config, card, records, plan, tally)
     report = tally.report(plan, config, card, run=run, seconds=time.monotonic() - began)
     if report.failed and command:
-        report = replace(report, replay=f"{command} --retry_failed true")
+        again = "" if config.retry_failed else " --retry_failed"
+        report = replace(report, replay=f"{command}{again}")
+    source, target = (open_store(uri, config.store) for uri in (config.input, config.output))
+    page = upscale_report.write(report, records, source=source, target=target, command=command)
+    report = replace(report, page=page)
     records.finish(report)
     return report
 
@@ -80,6 +87,21 @@ _CHANGES_NOTHING = {
     *("dry_run", "verify", "retry_failed", "progress", "profile", "store", "cluster"),
 }
 """Fields that change no byte of a result; all others are part of a run's name."""
+
+
+def with_folder(config: UpscaleConfig) -> UpscaleConfig:
+    """`config` itself; when its input is one image, the folder of that with nothing else included.
+
+    Raises RequestError when the output is named like an image, as other programs take it.
+    """
+    if PurePosixPath(config.input).suffix.lower() not in SUFFIXES:
+        return config
+    folder, key = open_object(config.input, config.store)
+    if not folder.exists(key):
+        return config
+    if PurePosixPath(config.output).suffix.lower() in SUFFIXES:
+        raise RequestError(f"output {config.output} is named like an image; give the folder of the results")
+    return config.model_copy(update={"input": folder.uri, "include": (glob.escape(key),)})
 
 
 def run_of(config: UpscaleConfig, card: Card) -> str:
@@ -245,7 +267,7 @@ def _advance(bar: "tqdm[Any] | JsonProgress", tally: Tally) -> None:
         return
     seconds = bar.format_dict["elapsed"]
     rate = tally.megapixels / seconds if seconds else 0.0
-    bar.set_postfix_str(f"{rate:.1f} Mpx/s, {tally.failed} failed", refresh=False)
+    bar.set_postfix_str(f"{tally.megapixels:.0f} Mpx, {rate:.1f} Mpx/s, {tally.failed} failed", refresh=False)
     bar.update()
 
 
@@ -264,7 +286,7 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
             "config": config,
             "model_sha256": card.sha256,
             "num_threads": session.worker_threads(cluster),
-            "deaths": ray.remote(num_cpus=0, max_restarts=-1)(DeathCount).remote(),
+            "deaths": ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DeathCount).remote(),
         },
         batch_size=rows,
         batch_format="pyarrow",
@@ -312,9 +334,10 @@ class UpscaleActor:
         if loaded.card.sha256 != model_sha256:
             raise CheckpointCorrupt(f"{config.model} is another model here than where the run was started")
         use_gpu = config.cluster.use_gpu
-        num_threads = 1 if use_gpu else min(num_threads, session.cores())
+        num_threads = min(num_threads, session.cores())
         engine = Engine(loaded.model, device="cuda" if use_gpu else "cpu", precision=config.precision)
-        upscaler = Upscaler(engine, tile_size=config.tile_size, compute=compute_threads(num_threads))
+        compute = compute_threads(1 if use_gpu else num_threads)
+        upscaler = Upscaler(engine, tile_size=config.tile_size, compute=compute)
         self._objects = ObjectUpscaler(
             source=open_store(config.input, config.store),
             target=open_store(config.output, config.store),

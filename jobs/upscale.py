@@ -4,9 +4,9 @@
 
 JPEG, PNG, WebP, TIFF, AVIF, HEIC, GIF, BMP and PPM, animations and pages included, in any number. Results
 keep their relative keys and formats. The same command again does what is missing. Leaves with 0 when every
-listed image has a good result, with 1 when one failed (the report names it with its cause), with 2 when the
-request cannot be met. --verify true checks the results of earlier starts, --dry_run true tells what there
-is to do, --retry_failed true does just the failed ones again.
+listed image has a good result, with 1 when one failed (report.html names it with its cause), with 2 when the
+request cannot be met. --verify checks the results of earlier starts, --dry-run tells what there is to do,
+--retry-failed does just the failed ones again. -i, -o, -n, -s, -t and --ext are what they are elsewhere.
 """
 
 import shlex
@@ -20,6 +20,7 @@ def run(config: UpscaleConfig) -> int:
     """Upscale what is missing, and say what there is now."""
     from cluster import bulk
 
+    config = bulk.with_folder(config)
     if config.verify:
         return verify(config)
     if config.dry_run:

@@ -1,7 +1,8 @@
 """From a command line to a validated config, and from an error to a sentence and an exit code.
 
 Knows every config class equally; loads neither torch nor ray. Environment variables are not read: a field
-`name` must never be filled from $NAME.
+`name` must never be filled from $NAME. A field is a flag, with hyphens or underscores, and has the other
+names that its `kdsr.config.Flags` gives it.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from kdsr.config import Flags
 from kdsr.errors import KdsrError, RequestError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -34,8 +36,8 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
     field that is wrong; a misspelt one is answered with the nearest right name.
     """
     flags = {flag.path: flag for flag in _flags(config_class)}
-    _refuse_unknown_flags(flags, argv)
-    arguments = vars(_parser(config_class, flags.values()).parse_args(list(argv)))
+    argv = _spelled(flags.values(), argv)
+    arguments = vars(_parser(config_class, flags.values()).parse_args(argv))
     if arguments.pop("schema"):
         print(json.dumps(config_class.model_json_schema(), indent=2))
         raise SystemExit(EXIT_OK)
@@ -78,6 +80,8 @@ class Flag:
     annotation: Any
     description: str
     default: str
+    aliases: tuple[str, ...] = ()
+    """Other names of the flag, with their hyphens."""
 
     @property
     def is_boolean(self) -> bool:
@@ -113,6 +117,16 @@ class Flag:
         return "|".join(dict.fromkeys(names))
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Names what a flag takes once, not after each of its names."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        takes = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {takes}"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; --help lists the flags")
@@ -123,7 +137,7 @@ def _parser(config_class: type[BaseModel], flags: Iterable[Flag]) -> argparse.Ar
         prog=f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "kdsr",
         usage="%(prog)s [--config FILE.yaml] [--field VALUE] [--section.field VALUE] ...",
         description=config_class.__doc__,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=30, width=100),
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -143,7 +157,8 @@ def _add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
     shared: dict[str, Any] = {"dest": flag.path, "action": "append", "default": argparse.SUPPRESS}
     # `--use_gpu`, `--use_gpu false` and `--no-use_gpu` all mean what they say.
     optional: dict[str, Any] = {"nargs": "?", "const": "true"} if flag.is_boolean else {}
-    group.add_argument(f"--{flag.path}", metavar=flag.metavar(), help=flag.help(), **shared, **optional)
+    names = [*sorted(flag.aliases, key=len), f"--{flag.path}"]
+    group.add_argument(*names, metavar=flag.metavar(), help=flag.help(), **shared, **optional)
     if flag.is_boolean:
         off: dict[str, Any] = {**shared, "action": "append_const", "const": "false"}
         group.add_argument(f"--no-{flag.path}", help=argparse.SUPPRESS, **off)
@@ -165,7 +180,8 @@ def _flags(model: type[BaseModel], prefix: str = "") -> list[Flag]:
 
 def _flag(path: str, field: FieldInfo) -> Flag:
     description = " ".join((field.description or "").split())
-    return Flag(path, _plain(field.annotation), description, _show(field, _dumped))
+    aliases = tuple(name for flags in field.metadata if isinstance(flags, Flags) for name in flags.names)
+    return Flag(path, _plain(field.annotation), description, _show(field, _dumped), aliases)
 
 
 def _merged(one: Flag, other: Flag) -> Flag:
@@ -174,12 +190,38 @@ def _merged(one: Flag, other: Flag) -> Flag:
     return one if one.default == other.default else replace(one, default="default depends on kind")
 
 
-def _refuse_unknown_flags(flags: Mapping[str, Flag], argv: Sequence[str]) -> None:
-    known = {"help", "config", "schema", *flags}
-    for argument in argv:
-        path = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and path.removeprefix("no-") not in known:
-            raise RequestError(f"unknown flag --{path}; {_nearest(path, known, prefix='--')}")
+def _spelled(flags: Iterable[Flag], argv: Sequence[str]) -> list[str]:
+    """`argv` with each flag as the parser knows it. Raises RequestError for a flag that nobody knows."""
+    known = {name: name for name in ("--help", "-h", "--config", "--schema")}
+    for flag in flags:
+        known.update({name: name for name in (f"--{flag.path}", *flag.aliases)})
+        if flag.is_boolean:
+            known[f"--no_{flag.path}"] = f"--no-{flag.path}"
+    return [_spelled_one(known, argument) for argument in argv]
+
+
+def _spelled_one(known: Mapping[str, str], argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    dashes = "--" if name.startswith("--") else "-"
+    bare = name.removeprefix(dashes).replace("-", "_")
+    if not name.startswith("-") or not bare[:1].isalpha():
+        return argument
+    if dashes + bare in known:
+        return f"{known[dashes + bare]}{equals}{value}"
+    # `-s4` is a short flag and its value, but `-scale 4` must not become `-s cale`.
+    if dashes == "-" and name[:2] in known and f"--{bare}" not in known:
+        return argument
+    hint = _nearest(bare, _bare_names(known, negated=bare.startswith("no_")))
+    if dashes == "-" and not hint.startswith("did"):
+        hint = f"a value that begins with a hyphen is given as --FLAG={argument}; {hint}"
+    raise RequestError(f"unknown flag {name}; {hint}")
+
+
+def _bare_names(known: Mapping[str, str], *, negated: bool) -> dict[str, str]:
+    """What each flag is called without its hyphens and without its section, and the flag."""
+    wanted = [flag for flag in known.values() if negated or not flag.startswith("--no-")]
+    whole = {flag.lstrip("-"): flag for flag in wanted}
+    return {name.rpartition(".")[2]: flag for name, flag in whole.items()} | whole
 
 
 # ---------------------------------------------------------------- values
@@ -312,10 +354,10 @@ def _dumped(value: Any) -> Any:
 # ---------------------------------------------------------------- errors
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A hint that names the known name closest to `name`."""
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    """A hint that names what is known under the name closest to `name`."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {prefix}{close[0]}?" if close else "--help lists those that exist"
+    return f"did you mean {known[close[0]]}?" if close else "--help lists those that exist"
 
 
 def _models_at(config_class: type[BaseModel], parts: Sequence[str | int]) -> list[type[BaseModel]]:
@@ -345,7 +387,7 @@ def _explain_one(config_class: type[BaseModel], detail: Any) -> str:
     path = _dotted(config_class, place)
     match detail["type"]:
         case "extra_forbidden":
-            names = [name for model in siblings for name in model.model_fields]
+            names = {name: name for model in siblings for name in model.model_fields}
             return f"{path}: no such field; {_nearest(str(place[-1]), names)}"
         case "missing":
             fields = ".*" if _models_at(config_class, place) else ""

@@ -6,10 +6,11 @@ because workers run in other folders.
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from kdsr.spec import Frozen, TrainableSpec
 
@@ -48,6 +49,13 @@ def endpoint_url(url: str) -> str:
     if "@" in rest:
         raise ValueError("must not carry credentials; they come from AWS's standard chain")
     return url
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Other names of a field on a command line, for people who know them from other programs."""
+
+    names: tuple[str, ...]
 
 
 Uri = Annotated[str, AfterValidator(absolute_uri)]
@@ -410,14 +418,34 @@ class EncodeConfig(Frozen):
     """What becomes of a result with more pixels a side than its format holds: JPEG 65,500, WebP 16,383."""
 
 
+def _part_of_name(text: str) -> str:
+    if "/" in text or not text.isprintable():
+        raise ValueError("expected a part of a name, without slashes or control characters")
+    return text
+
+
+def _of_extension(value: object) -> object:
+    """`jpg` means JPEG to people, and `auto` that nothing is chosen."""
+    known = {"jpg": "jpeg", "tif": "tiff", "auto": None}
+    name = value.lower().removeprefix(".") if isinstance(value, str) else value
+    return known.get(name, name) if isinstance(name, str) else value
+
+
+def _chosen(value: object) -> object:
+    """0 is what other programs call a size that they choose themselves."""
+    return None if value in (0, "0") else value
+
+
 class UpscaleConfig(Frozen):
     """Upscale every image under a folder or prefix."""
 
-    input: Uri
-    output: Uri
+    input: Annotated[Uri, Flags(("-i",))]
+    """Folder or prefix of the images."""
+    output: Annotated[Uri, Flags(("-o",))]
     """Folder or prefix of the results; relative keys are kept, and a rerun skips what is done."""
-    model: ModelReference
-    scale: float | None = Field(default=None, gt=0, le=64)
+    model: Annotated[ModelReference, Flags(("-n",))]
+    """Bundled name, model directory or checkpoint file."""
+    scale: Annotated[float | None, Flags(("-s", "--outscale"))] = Field(default=None, gt=0, le=64)
     """Of the result; the model's own when not set. Another one adds one antialiased resize."""
     width: int | None = Field(default=None, ge=1)
     """Width of each result in pixels, instead of a scale."""
@@ -425,9 +453,9 @@ class UpscaleConfig(Frozen):
     """Size of each result, instead of a scale."""
     max_bytes: int | None = Field(default=None, ge=1)
     """Largest file: quality, then size, is lowered until the result fits."""
-    format: OutputFormat | None = None
-    """Of all results; the input's when not set, and JPEG for HEIC."""
-    suffix: str = ""
+    format: Annotated[OutputFormat | None, BeforeValidator(_of_extension), Flags(("-f", "--ext"))] = None
+    """Of all results; the input's when not set, and JPEG for HEIC. jpg, tif and auto are understood."""
+    suffix: Annotated[str, AfterValidator(_part_of_name)] = ""
     """Put between name and extension of each result."""
     encode: EncodeConfig = EncodeConfig()
     include: tuple[str, ...] = ()
@@ -442,8 +470,10 @@ class UpscaleConfig(Frozen):
     """Animations and documents with more frames fail before they are decoded."""
     precision: Precision = "auto"
     """Number type of the network; auto measures which is fastest and still gives the same picture."""
-    tile_size: int | None = Field(default=None, ge=16)
-    """Height and width of a tile in input pixels; chosen by the network when not set."""
+    tile_size: Annotated[
+        Annotated[int, Field(ge=16)] | None, BeforeValidator(_chosen), Flags(("-t", "--tile"))
+    ] = None
+    """Height and width of a tile in input pixels; chosen by the network when not set, or 0."""
     dry_run: bool = False
     """Tell counts, pixels, estimated time and bytes; write nothing."""
     verify: bool = False

@@ -37,7 +37,7 @@ class Forecast:
             f"{sum(self.images.values())} inputs ({kinds}), {self.input_bytes / 1e6:.1f} MB; about "
             f"{self.output_megapixels:.1f} Mpx and {self.output_bytes / 1e6:.0f} MB of results in "
             f"{self.seconds:.0f} s on a machine like this one, from {self.probed} headers of which "
-            f"{self.unreadable} are no readable image; nothing was written"
+            f"{self.unreadable} would fail; nothing was written"
         )
 
 

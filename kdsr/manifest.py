@@ -5,6 +5,7 @@
         pending.parquet     those rows that this start has to do
         status/*.parquet    one row per finished input, appended while the run goes on
         engine.json         the number type that this run and its reruns compute in
+        report.html         the sums, failures and some pictures, for people
         report.json         the sums, written last
 
 A run is its input, its model and the options that change a pixel, so the same command is the same run. Rows
@@ -226,6 +227,8 @@ class Report:
     """Where the time of all images went, added up over threads."""
     replay: str = ""
     """The command that does just the failed ones again; empty when none failed."""
+    page: str = ""
+    """Uri of `report.html`; empty when it could not be written."""
 
     @property
     def missing(self) -> int:
@@ -248,7 +251,8 @@ class Report:
         lost = f", {self.missing} unaccounted for" if self.missing else ""
         return (
             f"upscaled {self.done} {images} ({self.output_megapixels:.1f} Mpx), skipped {self.skipped}, "
-            f"failed {self.failed}{lost} (see {self.output}/{_folder(self.run)}/report.json)"
+            f"failed {self.failed}{lost} "
+            f"(see {self.page or f'{self.output}/{_folder(self.run)}/report.json'})"
         )
 
 
@@ -276,7 +280,8 @@ class Records:
 
         An earlier report goes away first: there is one when the run ended, and none while it is on.
         """
-        self._output.delete(f"{self.folder}/report.json")
+        for name in ("report.json", "report.html"):
+            self._output.delete(f"{self.folder}/{name}")
         done = self._done_ids()
         listed = skipped = 0
         with (
@@ -349,6 +354,19 @@ class Records:
             f"{self.folder}/status/{self._start}-{self._num_parts:06}.parquet", buffer.getvalue()
         )
         self._num_parts += 1
+
+    def parts(self) -> Iterator[tuple[bool, pa.Table]]:
+        """The ledger, a part at a time, each with whether this start wrote it."""
+        own = f"{self.folder}/status/{self._start}-"
+        for info in self._output.list(f"{self.folder}/status/"):
+            table = pq.read_table(io.BytesIO(self._output.get(info.key)), schema=STATUS_SCHEMA)
+            yield info.key.startswith(own), table
+
+    def write_page(self, text: str) -> str:
+        """Write `report.html`, and say where it is."""
+        key = f"{self.folder}/report.html"
+        self._output.put(key, text.encode())
+        return f"{self._output.uri}/{key}"
 
     def finish(self, report: Report) -> None:
         """Write `report.json`."""

@@ -135,7 +135,7 @@ def test_depth_frames_names_and_checks_of_one_run(ray_local, model, tmp_path):
 
     report = upscale(config, command="python jobs/upscale.py --config x.yaml")
     assert sums(report) == (5, 4, 0, 1)
-    assert report.replay == "python jobs/upscale.py --config x.yaml --retry_failed true"
+    assert report.replay == "python jobs/upscale.py --config x.yaml --retry_failed"
     assert report.precision in ("float32", "bfloat16")
     headers = {key: codecs.probe(data) for key, data in results(output).items()}
     assert {key: (h.format, h.height, h.width, h.bits, h.frames) for key, h in headers.items()} == {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,39 @@ def test_repeated_flags_add_up_and_commas_belong_to_the_path():
     assert [Path(uri).name for uri in config.benchmark] == ["Set5, small"]
 
 
+def test_every_flag_may_be_spelt_with_hyphens():
+    argv = ["--dry-run", "--max-bytes", "9", "--encode.png-level=3", "--no-retry-failed", "--no_verify"]
+    config = parse(UpscaleConfig, [*UPSCALE, *argv])
+    assert (config.dry_run, config.max_bytes, config.encode.png_level) == (True, 9, 3)
+    assert (config.retry_failed, config.verify) == (False, False)
+
+
+def test_hyphens_of_a_value_stay():
+    assert parse(UpscaleConfig, [*UPSCALE, "--suffix=-x-4"]).suffix == "-x-4"
+    assert parse(UpscaleConfig, [*UPSCALE, "--include", "a-b"]).include == ("a-b",)
+
+
+def test_familiar_flags_of_another_program_are_understood():
+    typed = shlex.split("-i photos -o large -n photo-x4 -s 2 -t 128 --suffix _x2 --ext jpg")
+    flags = ["--scale", "2", "--tile_size", "128", "--suffix", "_x2", "--format", "jpeg"]
+    assert parse(UpscaleConfig, typed) == parse(UpscaleConfig, [*UPSCALE, *flags])
+
+
+@pytest.mark.parametrize("argv", [["-s2"], ["-s=2"], ["--outscale", "2"], ["-s", "3", "--scale", "2"]])
+def test_a_short_flag_takes_its_value_in_every_usual_way(argv):
+    assert parse(UpscaleConfig, [*UPSCALE, *argv]).scale == 2
+
+
+@pytest.mark.parametrize(("text", "expected"), [("auto", None), ("TIF", "tiff"), (".png", "png")])
+def test_an_extension_names_a_format(text, expected):
+    assert parse(UpscaleConfig, [*UPSCALE, "--ext", text]).format == expected
+
+
+def test_a_tile_of_0_is_chosen_by_the_network_and_a_tiny_one_is_refused():
+    assert parse(UpscaleConfig, [*UPSCALE, "-t", "0"]).tile_size is None
+    assert "tile_size: " in refusal(UpscaleConfig, *UPSCALE, "-t", "8")
+
+
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1))
 def test_any_text_reaches_a_text_field_unchanged(text):
     assert parse(ShardConfig, [*FOLDERS, f"--domain={text}"]).domain == text
@@ -174,7 +208,10 @@ def test_a_missing_kind_is_answered_with_the_known_ones(tmp_path):
     ("wrong", "right"),
     [
         ("--domian", "--domain"),
-        ("--store.endpoint-url", "--store.endpoint_url"),
+        ("--store.endpoint-urls", "--store.endpoint_url"),
+        ("-domain", "--domain"),
+        ("--workers=2", "--cluster.num_workers"),
+        ("--no-use_gpus", "--no-cluster.use_gpu"),
         ("--cluster.num_worker=2", "--cluster.num_workers"),
         ("--endpoint_url", "--store.endpoint_url"),
     ],
@@ -220,7 +257,7 @@ def test_a_missing_section_names_its_flags():
     [
         (["--min_size"], "argument --min_size: expected one argument"),
         (["photos"], "unrecognized arguments: photos"),
-        (["-i", "photos"], "unrecognized arguments: -i photos"),
+        (["-i", "photos"], "unknown flag -i; a value that begins with a hyphen is given as --FLAG=-i"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "no/such.yaml"], "config no/such.yaml: No such file or directory"),
         (["--config", "."], "config .: Is a directory"),
@@ -300,6 +337,14 @@ def test_help_names_every_section_and_the_schema_is_json(capsys):
         assert name in text
     schema = json.loads(text[text.index("{\n") :])
     assert schema["properties"]["student"]["discriminator"]["propertyName"] == "kind"
+
+
+def test_help_names_the_other_names_of_a_flag_and_once_what_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        parse(UpscaleConfig, ["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "-i, --input TEXT" in words
+    assert "-f, --ext, --format jpeg|png|" in words
 
 
 def test_help_says_which_fields_are_required_and_which_defaults_depend(capsys):
