@@ -20,7 +20,16 @@ class Frozen(BaseModel):
     )
 
 
-class EdsrSpec(Frozen):
+class NetworkSpec(Frozen):
+    """What networks have in common."""
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Submodules whose outputs (B, F, h', w') can be read, first to last, each under its own name."""
+        return ()
+
+
+class EdsrSpec(NetworkSpec):
     """EDSR: residual blocks without normalisation, pixel-shuffle tail (Lim et al., CVPRW 2017)."""
 
     kind: Literal["edsr"] = "edsr"
@@ -30,8 +39,13 @@ class EdsrSpec(Frozen):
     num_blocks: int = Field(default=16, ge=1)
     residual_scale: float = Field(default=1.0, gt=0)
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The head, each block, and the trunk before the long residual."""
+        return ("head", *(f"trunk.{block}" for block in range(self.num_blocks)), "trunk")
 
-class RepChainSpec(Frozen):
+
+class RepChainSpec(NetworkSpec):
     """A chain of 3x3 convolutions whose training-time branches fold into one convolution per layer."""
 
     kind: Literal["rep_chain"] = "rep_chain"
@@ -45,8 +59,13 @@ class RepChainSpec(Frozen):
     folded: bool = False
     """True when only the single 3x3 convolutions are left; the form that is saved and deployed."""
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Every layer but the tail, behind its activation."""
+        return tuple(f"layers.{layer}" for layer in range(self.num_layers - 1))
 
-class FsrcnnSpec(Frozen):
+
+class FsrcnnSpec(NetworkSpec):
     """FSRCNN: shrink, map, expand, transposed convolution (Dong et al., ECCV 2016)."""
 
     kind: Literal["fsrcnn"] = "fsrcnn"
@@ -56,8 +75,13 @@ class FsrcnnSpec(Frozen):
     num_shrunk_features: int = Field(default=12, ge=2)
     num_mapping_layers: int = Field(default=4, ge=1)
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Every activation of the body: extracted, shrunk, mapped and expanded."""
+        return tuple(f"body.{layer}" for layer in range(1, 2 * (self.num_mapping_layers + 3), 2))
 
-class EspcnSpec(Frozen):
+
+class EspcnSpec(NetworkSpec):
     """ESPCN: three convolutions and a pixel shuffle (Shi et al., CVPR 2016)."""
 
     kind: Literal["espcn"] = "espcn"
@@ -65,8 +89,13 @@ class EspcnSpec(Frozen):
     channels: Channels = 3
     num_features: int = Field(default=64, ge=4)
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Both activations."""
+        return ("body.1", "body.3")
 
-class BicubicSpec(Frozen):
+
+class BicubicSpec(NetworkSpec):
     """Bicubic interpolation, a = -0.5, as MATLAB's imresize enlarges (Keys, 1981). No parameters."""
 
     kind: Literal["bicubic"] = "bicubic"
@@ -74,7 +103,7 @@ class BicubicSpec(Frozen):
     channels: Channels = 3
 
 
-class ImportedSpec(Frozen):
+class ImportedSpec(NetworkSpec):
     """A public network read from its own checkpoint file; a teacher, never exported again."""
 
     kind: Literal["imported"] = "imported"

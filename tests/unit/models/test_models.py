@@ -94,6 +94,19 @@ def test_a_pickled_checkpoint_loads_without_running_code(spec: ModelSpec) -> Non
     build_model(spec).load_state_dict(torch.load(buffer, weights_only=True))
 
 
+@trainable
+def test_every_tap_gives_features(spec: ModelSpec) -> None:
+    found: dict[str, torch.Size] = {}
+    model = build_model(spec)
+    for tap in spec.taps:
+        model.get_submodule(tap).register_forward_hook(
+            lambda _module, _inputs, output, tap=tap: found.update({tap: output.shape})
+        )
+    model(torch.rand(2, spec.channels, 8, 8))
+    assert len(spec.taps) >= 2 and found.keys() == set(spec.taps)
+    assert all(len(shape) == 4 and shape[0] == 2 for shape in found.values())
+
+
 def test_names_of_stored_weights_are_stable() -> None:
     """Stored models depend on them; a deliberate change needs a new spec version and this file made anew."""
     found = {spec_id(spec): sorted(build_model(spec).state_dict()) for spec in specs() if spec.channels == 3}
