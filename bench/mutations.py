@@ -698,7 +698,9 @@ def main() -> int:
     if arguments.worker:
         serve(with_upscale=arguments.upscale)
         return 0
-    result = run(arguments)
+    from kdsr import provenance
+
+    result = run(arguments) | provenance.stamp()
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:

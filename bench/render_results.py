@@ -34,6 +34,7 @@ def render() -> str:
 def section(path: Path) -> str:
     """Title, table, and where the numbers come from."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    content = _mutations(content) if "by_format" in content else content
     rows = [{name: cell(name, value) for name, value in row.items()} for row in rows_of(content)]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if any(row.get(name) for row in rows)]
@@ -53,6 +54,26 @@ def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
         {"case": name, **_flat(case), **(sums if number == 0 else {})}
         for number, (name, case) in enumerate(content["cases"].items())
     ]
+
+
+def _mutations(content: dict[str, Any]) -> dict[str, Any]:
+    """What bench/mutations.py wrote, with its counts as a table: a row for each format, and one for all."""
+    untyped = ("untyped", "crashes", "hangs", "over_memory", "wrong_pictures")
+    outcomes = ("picture", *content["failures_by_class"])
+    counts = content["by_format"]
+    rows = [
+        {"format": name, "files": sum(count.values()), **{each: count.get(each, 0) for each in outcomes}}
+        for name, count in counts.items()
+    ]
+    sums = {each: sum(row[each] for row in rows) for each in ("files", *outcomes)}
+    found = ", ".join(f"{content[name]} {name}" for name in untyped)
+    remark = (
+        "Broken files through probe, decode, a bicubic x2 of small ones and encode, in a process with limits "
+        "on time and memory. A `picture` has what its header promises, other columns are typed failures. "
+        f"Of anything else there must be none: {found}. What is done to a file: bench/mutations.py."
+    )
+    title = "Hostile files"
+    return content | {"title": title, "remarks": [remark], "rows": [*rows, {"format": "all", **sums}]}
 
 
 def _flat(case: dict[str, Any]) -> dict[str, Any]:

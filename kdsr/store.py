@@ -7,7 +7,11 @@ The only module that knows boto3. Knows no images and no JSON.
 """
 
 import errno
+import fcntl
+import hashlib
 import os
+import platform
+import random
 import re
 import shutil
 import stat
@@ -15,13 +19,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from itertools import count, takewhile
 from logging import getLogger
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from kdsr.config import StoreConfig, absolute_uri
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 logger = getLogger(__name__)
 
 DEFAULTS = StoreConfig()
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -205,14 +211,14 @@ class FileStore(Store):
             return file.read(length)
 
     def put(self, key: str, data: bytes) -> ObjectInfo:
-        return self._write(key, lambda file: file.write(data), os.replace)
+        return self._write(key, lambda file: file.write(data), _replace)
 
     def create(self, key: str, data: bytes) -> ObjectInfo:
-        return self._write(key, lambda file: file.write(data), _link)
+        return self._write(key, lambda file: file.write(data), _create)
 
     def put_file(self, key: str, path: Path) -> ObjectInfo:
         with path.open("rb") as source:
-            return self._write(key, lambda file: shutil.copyfileobj(source, file, 2**20), os.replace)
+            return self._write(key, lambda file: shutil.copyfileobj(source, file, 2**20), _replace)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -234,22 +240,19 @@ class FileStore(Store):
         return path
 
     def _write(
-        self, key: str, fill: Callable[[BinaryIO], object], publish: Callable[[Path, Path], None]
+        self, key: str, fill: Callable[[BinaryIO], object], publish: Callable[["_Draft", Path], None]
     ) -> ObjectInfo:
-        """Fill a temporary file, bring it to the disk, and only then give it its name."""
+        """Fill a file without a name, bring it to the disk, and only then give it its name."""
         path = self._path(key)
-        temporary = path.with_name(f".kdsr-{uuid.uuid4().hex}.tmp")
         with _os_errors(path):
             _make_folder(path.parent)
-            try:
-                with temporary.open("xb") as file:
-                    fill(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                info = _file_info(key, temporary)
-                publish(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            _sweep(path.parent, os.getpid())
+            with _draft(path.parent) as draft:
+                fill(draft.file)
+                draft.file.flush()
+                os.fsync(draft.file.fileno())
+                info = _file_info(key, draft.place)
+                publish(draft, path)
             _sync_folder(path.parent)
         return info
 
@@ -319,12 +322,133 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _link(temporary: Path, path: Path) -> None:
-    """Name a file unless the name is taken: unlike a rename, a hard link never replaces."""
+# What is not finished has no name where the file system can do that: the kernel then removes it with the
+# process. Elsewhere it is locked for as long as its writer lives, and one without a lock is swept away.
+
+_LEFT_BEHIND_SECONDS = 24 * 3600.0
+"""After that long without a write, the temporary file of a writer that cannot be asked is nobody's."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A file that is not an object yet."""
+
+    file: BinaryIO
+    temporary: Path
+    """The name that it has, or may be given for a moment."""
+    is_named: bool
+
+    @property
+    def place(self) -> Path:
+        """A path at which the file can be opened or linked."""
+        return self.temporary if self.is_named else Path(f"/proc/self/fd/{self.file.fileno()}")
+
+
+@contextmanager
+def _draft(folder: Path) -> Iterator[_Draft]:
+    """A new file in `folder` that is gone at the end of the block unless it was published."""
+    temporary = folder / f".kdsr-{_machine()}{uuid.uuid4().hex[8:]}.tmp"
+    unnamed = _open_unnamed(folder)
     try:
-        os.link(temporary, path)
+        with unnamed or _open_locked(temporary) as file:
+            yield _Draft(file, temporary, is_named=unnamed is None)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open_unnamed(folder: Path) -> BinaryIO | None:
+    """A file that only this process knows, or None where the system has no such thing."""
+    try:
+        file = os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb")
+    except (OSError, AttributeError):
+        return None
+    if Path(f"/proc/self/fd/{file.fileno()}").exists():
+        return file
+    file.close()
+    return None
+
+
+def _open_locked(temporary: Path) -> BinaryIO:
+    """A new file, locked until it is closed or its process ends."""
+    while True:
+        file = temporary.open("xb")
+        with suppress(OSError):  # Not every file system knows locks.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Somebody who swept may have been quicker with the lock.
+        if temporary.exists():
+            return file
+        file.close()
+
+
+def _replace(draft: _Draft, path: Path) -> None:
+    """Make the draft the file at `path`, whatever was there."""
+    if not draft.is_named:
+        try:
+            _link(draft.place, path)
+            return
+        except FileExistsError:
+            _link(draft.place, draft.temporary)
+    draft.temporary.replace(path)
+
+
+def _create(draft: _Draft, path: Path) -> None:
+    """Make the draft the file at `path` unless there is one: unlike a rename, a link never replaces."""
+    try:
+        _link(draft.place, path)
     except FileExistsError:
         raise KeyExists(f"file://{path} exists already; nothing was written") from None
+
+
+def _link(source: Path, path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # With a descriptor Python takes the call that follows the link in /proc to the file.
+        os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+@lru_cache(maxsize=1024)
+def _sweep(folder: Path, _process: int) -> None:
+    """Remove what killed writers left in `folder`. Looks once for a process and a folder."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with suppress(OSError):
+                    _remove_if_left_behind(Path(entry.path))
+
+
+def _remove_if_left_behind(temporary: Path) -> None:
+    """Remove the file unless its writer lives, or might live on another machine."""
+    with temporary.open("r+b") as file:
+        is_free = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = temporary.name.startswith(f".kdsr-{_machine()}")
+        except BlockingIOError:
+            return
+        except OSError:
+            logger.debug("%s cannot be locked; its age decides", temporary)
+        if is_free or time.time() - temporary.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+            temporary.unlink()
+
+
+@cache
+def _machine() -> str:
+    """8 hex digits for this machine since it was started: on it, locks are certain."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        name = platform.node()
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+_TO_DO = {
+    errno.ENOSPC: "the disk is full; free some space on it or choose another place, and run again",
+    errno.EDQUOT: "the disk quota is used up; free some space or ask for more, and run again",
+    errno.EROFS: "the file system is read-only; mount it for writing or choose another place",
+    errno.EIO: "the disk does not answer as it should; look after it before you run again",
+}
 
 
 @contextmanager
@@ -340,12 +464,16 @@ def _os_errors(path: Path) -> Iterator[None]:
             f"file://{path}: a file is where a folder is needed, or the other way round"
         ) from error
     except OSError as error:
-        raise StoreError(f"file://{path}: {error.strerror or error}") from error
+        trouble = _TO_DO.get(error.errno or 0, error.strerror or str(error))
+        raise StoreError(f"file://{path}: {trouble}") from error
 
 
 # ---------------------------------------------------------------- s3://
 
 _PART_BYTES = 16 * 2**20
+_AWAY_SECONDS = 150.0
+"""How long a request waits for a store that answered before and answers nobody now."""
+_AWAY_STATUSES = frozenset({429, 500, 502, 503, 504})
 _RENEWED_BY_ARROW = frozenset({"iam-role", "container-role", "assume-role-with-web-identity"})
 """Sources of expiring credentials that pyarrow finds and renews by itself."""
 
@@ -367,12 +495,19 @@ class S3Store(Store):
 
     def _walk(self, full_prefix: str) -> Iterator[ObjectInfo]:
         with self._errors():
-            pages = self._connection.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=full_prefix):
+            for page in self._pages(Bucket=self.bucket, Prefix=full_prefix):
                 for found in page.get("Contents", ()):
                     # A key that ends with "/" is a folder that some tool made visible.
                     if not found["Key"].endswith("/"):
                         yield _object_info(found["Key"].removeprefix(self._root), found["Size"], found)
+
+    def _pages(self, **request: str) -> Iterator[dict[str, Any]]:
+        while True:
+            page = self._ask("list_objects_v2", **request)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def stat(self, key: str) -> ObjectInfo:
         head = self._head(key)
@@ -392,16 +527,14 @@ class S3Store(Store):
 
     def put(self, key: str, data: bytes) -> ObjectInfo:
         with self._errors(key):
-            answer = self._connection.client.put_object(**self._at(key), Body=data)
+            answer = self._ask("put_object", **self._at(key), Body=data)
         return _object_info(key, len(data), answer)
 
     def create(self, key: str, data: bytes) -> ObjectInfo:
         mark = {"kdsr-writer": uuid.uuid4().hex}
         try:
             with self._errors(key):
-                answer = self._connection.client.put_object(
-                    **self._at(key), Body=data, IfNoneMatch="*", Metadata=mark
-                )
+                answer = self._ask("put_object", **self._at(key), Body=data, IfNoneMatch="*", Metadata=mark)
         except KeyExists:
             # When only the answer to a first try was lost, its retry meets our own object.
             answer = self._head(key)
@@ -419,13 +552,18 @@ class S3Store(Store):
             max_concurrency=4,
             preferred_transfer_client="classic",
         )
-        with self._errors(key), path.open("rb") as file:
-            self._connection.client.upload_fileobj(file, **self._at(key), Config=transfer)
+
+        def upload() -> None:
+            with path.open("rb") as file:
+                self._connection.client.upload_fileobj(file, **self._at(key), Config=transfer)
+
+        with self._errors(key):
+            self._patiently(upload)
         return self.stat(key)
 
     def delete(self, key: str) -> None:
         with suppress(KeyNotFound), self._errors(key):
-            self._connection.client.delete_object(**self._at(key))
+            self._ask("delete_object", **self._at(key))
 
     def child(self, prefix: str) -> "S3Store":
         return replace(self, prefix=self._root + _checked_key(prefix.rstrip("/")))
@@ -449,8 +587,7 @@ class S3Store(Store):
     def _head(self, key: str) -> dict[str, Any]:
         try:
             with self._errors(key):
-                answer: dict[str, Any] = self._connection.client.head_object(**self._at(key))
-                return answer
+                return self._ask("head_object", **self._at(key))
         except KeyNotFound:
             # The answer to a HEAD request does not tell a missing key from a missing bucket.
             self._require_bucket()
@@ -459,20 +596,54 @@ class S3Store(Store):
     def _require_bucket(self) -> None:
         if self.bucket not in self._connection.seen_buckets:
             with suppress(AccessDenied), self._errors():
-                self._connection.client.list_objects_v2(Bucket=self.bucket, Prefix=self._root, MaxKeys=1)
+                self._ask("list_objects_v2", Bucket=self.bucket, Prefix=self._root, MaxKeys=1)
             self._connection.seen_buckets.add(self.bucket)
 
     def _read(self, request: dict[str, Any]) -> bytes:
         """The whole body. boto3 tries a request again, but not a body that breaks off."""
         from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+        from urllib3.exceptions import HTTPError
 
         max_attempts = self.config.max_attempts
         for attempt in range(max_attempts):
-            body = self._connection.client.get_object(**request)["Body"]
-            with closing(body), suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            body = self._ask("get_object", **request)["Body"]
+            # An encrypted answer that breaks off is an error of urllib3 that boto3 does not know.
+            broken_off = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, HTTPError)
+            with closing(body), suppress(*broken_off):
                 return bytes(body.read())
             time.sleep(min(0.1 * 2**attempt, 5))
         raise StoreError(f"s3://{self.bucket}/{request['Key']}: the answer broke off {max_attempts} times")
+
+    def _ask(self, operation: str, **request: Any) -> dict[str, Any]:
+        """One request of boto3, see `_patiently`."""
+        client = self._connection.client
+        answer: dict[str, Any] = self._patiently(lambda: getattr(client, operation)(**request))
+        return answer
+
+    def _patiently(self, request: Callable[[], Answer]) -> Answer:
+        """What `request` returns; tried again while a store that answered before is away.
+
+        boto3 has tried for some seconds when it gives up. The store is away when no other request was
+        answered since; one that fails while others succeed is not tried for long.
+        """
+        connection, began, failed = self._connection, time.monotonic(), 0.0
+        for attempt in count():
+            try:
+                answer = request()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                is_only_this = failed and connection.answered > failed
+                failed = time.monotonic()
+                if not connection.answered or is_only_this or failed - began > _AWAY_SECONDS:
+                    raise
+            else:
+                connection.answered = time.monotonic()
+                return answer
+            if attempt == 0:
+                logger.warning("%s does not answer; trying on for %.0f s", self.uri, _AWAY_SECONDS)
+            time.sleep(random.uniform(0.5, 1.0) * min(0.5 * 2 ** min(attempt, 4), 5.0))  # noqa: S311 - no secret
+        raise AssertionError("unreachable")
 
     @contextmanager
     def _errors(self, key: str = "") -> Iterator[None]:
@@ -503,12 +674,15 @@ class S3Store(Store):
             raise StoreError(f"{place}: {type(error).__name__}: {error}") from None
 
 
-class _Connection(NamedTuple):
+@dataclass
+class _Connection:
     """What stores with the same settings share in a process."""
 
     session: Any
     client: Any
-    seen_buckets: set[str]
+    seen_buckets: set[str] = field(default_factory=set)
+    answered: float = 0.0
+    """When the server answered last, by the monotonic clock; 0 when it never did."""
 
 
 _connecting = Lock()
@@ -531,7 +705,7 @@ def _connect(config: StoreConfig, _process: int, _environment: int) -> _Connecti
     if not _is_aws(client):
         # Other servers seldom have a host name for each bucket.
         client = _client(session, config, addressing_style="path")
-    return _Connection(session, client, set())
+    return _Connection(session, client)
 
 
 def _client(session: Any, config: StoreConfig, *, addressing_style: str) -> Any:
@@ -605,6 +779,15 @@ def _arrow_credentials(session: Any) -> dict[str, str | None]:
     return {"access_key": now.access_key, "secret_key": now.secret_key, "session_token": now.token}
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether nothing or a broken server answered, so that the same request may succeed later."""
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ClientError):
+        return error.response["ResponseMetadata"].get("HTTPStatusCode") in _AWAY_STATUSES
+    return isinstance(error, boto.ConnectionError | boto.HTTPClientError)
+
+
 class _BeyondEndError(StoreError):
     """A range that begins after the last byte."""
 
@@ -632,6 +815,8 @@ def _refusal(refused: "ClientError", place: str, bucket: str) -> StoreError:
             error = AccessDenied(f"{place}: access denied ({code}: {message}); check the credentials")
         case (412, _) | (_, "ConditionalRequestConflict"):
             error = KeyExists(f"{place} exists already; nothing was written")
+        case (507, _) | (_, "QuotaExceeded" | "XMinioStorageFull"):
+            error = StoreError(f"{place}: the store is full ({code}: {message}); make room and run again")
         case 416, _:
             error = _BeyondEndError(place)
         case (301 | 307, _) | (_, "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException"):

@@ -152,6 +152,11 @@ def test_an_extension_names_a_format(text, expected):
     assert parse(UpscaleConfig, [*UPSCALE, "--ext", text]).format == expected
 
 
+@pytest.mark.parametrize("text", ["a/b", "/", "line\nbreak"])
+def test_a_suffix_stays_within_a_name(text):
+    assert "suffix: expected a part of a name" in refusal(UpscaleConfig, *UPSCALE, f"--suffix={text}")
+
+
 def test_a_tile_of_0_is_chosen_by_the_network_and_a_tiny_one_is_refused():
     assert parse(UpscaleConfig, [*UPSCALE, "-t", "0"]).tile_size is None
     assert "tile_size: " in refusal(UpscaleConfig, *UPSCALE, "-t", "8")

@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,38 +139,90 @@ def test_a_file_as_root_is_told(tmp_path: Path):
 # ---------------------------------------------------------------- writing
 
 STUCK_WRITER = """
-import sys
+import os, sys
 from pathlib import Path
 from kdsr.store import open_store
-print("ready", flush=True)
+if sys.argv[3] == "named":  # as on network drives and old systems
+    del os.O_TMPFILE
 open_store(sys.argv[1]).put_file("key", Path(sys.argv[2]))
 """
 
+WRITE_ONE = """
+import sys
+from kdsr.store import open_store
+open_store(sys.argv[1]).put("other", b"x")
+"""
 
-@pytest.mark.parametrize("before", [None, b"old"])
-def test_a_writer_killed_in_the_middle_leaves_what_was_there(
-    files: Store, root: Path, tmp_path: Path, before: bytes | None
-):
-    root.mkdir()
-    if before:
-        files.put("key", before)
-    pipe = tmp_path / "pipe"
+
+@contextmanager
+def stuck_writer(root: Path, pipe: Path, kind: str) -> Iterator[subprocess.Popen]:
+    """A process that has written a part of `key`."""
     os.mkfifo(pipe)
-    writer = python(STUCK_WRITER, root, pipe)
+    writer = python(STUCK_WRITER, root, pipe, kind)
     with pipe.open("wb", buffering=0) as source:
         source.write(bytes(3 * 2**20))  # Returns when the writer has taken nearly all of it.
-        while not any(path.name.endswith(".tmp") and path.stat().st_size for path in root.iterdir()):
-            time.sleep(0.01)
+        yield writer
+        writer.kill()
+        writer.communicate()
+
+
+def temporary_files(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "named"])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_writer_killed_in_the_middle_leaves_what_was_there(
+    files: Store, root: Path, tmp_path: Path, before: bytes | None, kind: str
+):
+    if before:
+        files.put("key", before)
+    with stuck_writer(root, tmp_path / "pipe", kind) as writer:
         os.kill(writer.pid, signal.SIGKILL)
         writer.communicate()
-    assert any(path.name.endswith(".tmp") for path in root.iterdir())
+    assert len(temporary_files(root)) == (kind == "named")
     assert keys(files) == (["key"] if before else [])
     assert files.exists("key") == bool(before)
     files.put("key", b"new")
     assert files.get("key") == b"new"
 
 
-FULL_DISK = """
+@pytest.mark.parametrize("kind", ["unnamed", "named"])
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(
+    root: Path, tmp_path: Path, kind: str
+):
+    with stuck_writer(root, tmp_path / "pipe", kind) as writer:
+        others = temporary_files(root)
+        assert python(WRITE_ONE, root).wait() == 0
+        assert temporary_files(root) == others
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.communicate()
+    assert python(WRITE_ONE, root).wait() == 0
+    assert [path.name for path in root.iterdir()] == ["other"]
+
+
+def test_what_another_machine_left_goes_when_it_is_old(root: Path):
+    root.mkdir()
+    fresh, old, no_draft = (root / f".kdsr-{32 * digit}.tmp" for digit in "01x")
+    for path in (fresh, old, no_draft):
+        path.write_bytes(b"half")
+    for path in (old, no_draft):
+        os.utime(path, (0, 0))
+    open_store(str(root)).put("key", b"x")
+    assert {path.name for path in root.iterdir()} == {"key", fresh.name, no_draft.name}
+
+
+def test_the_mode_of_a_file_is_what_the_process_asks_for(files: Store, root: Path):
+    before = os.umask(0o027)
+    try:
+        files.put("key", b"x")
+        files.put("key", b"again")
+    finally:
+        os.umask(before)
+    assert (root / "key").stat().st_mode & 0o777 == 0o640
+
+
+LIMITED_FILE = """
 import resource, signal, sys
 from kdsr.store import open_store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -179,9 +232,57 @@ open_store(sys.argv[1]).put("key", bytes(5000))
 
 
 def test_a_write_that_fails_leaves_nothing_and_says_why(root: Path):
-    _, text = python(FULL_DISK, root).communicate()
+    _, text = python(LIMITED_FILE, root).communicate()
     assert f"StoreError: file://{root}/key: File too large" in text
     assert list(root.iterdir()) == []
+
+
+ON_A_MOUNT = """
+import os, sys
+from kdsr.errors import StoreError
+from kdsr.store import open_store
+if sys.argv[2] == "named":
+    del os.O_TMPFILE
+store = open_store(sys.argv[1])
+for key, size in (("fits", 100_000), ("key", 2_000_000), ("fits too", 100_000)):
+    try:
+        store.put(key, bytes(size))
+    except StoreError as error:
+        print(error)
+print(sorted(os.listdir(sys.argv[1])))
+"""
+
+
+def on_a_mount(root: Path, options: str, kind: str) -> list[str]:
+    """What ON_A_MOUNT prints when `root` is a file system in memory of its own."""
+    root.mkdir()
+    # In a namespace of its own, so that the mount is gone with the process.
+    mount = f'mount -t tmpfs -o {options} tmpfs "$1" && echo mounted && exec "$2" -c "$3" "$1" {kind}'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    done = subprocess.run(
+        [*command, root, sys.executable, ON_A_MOUNT], capture_output=True, text=True, check=False
+    )
+    if not done.stdout.startswith("mounted"):
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[1:]
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "named"])
+def test_a_full_disk_is_told_and_keeps_nothing_half_written(root: Path, kind: str):
+    assert on_a_mount(root, "size=1m", kind) == [
+        f"file://{root}/key: the disk is full; free some space on it or choose another place, and run again",
+        "['fits', 'fits too']",
+    ]
+
+
+def test_a_file_system_that_cannot_be_written_is_told(root: Path):
+    *errors, names = on_a_mount(root, "ro", "unnamed")
+    assert errors[0] == (
+        f"file://{root}/fits: the file system is read-only; mount it for writing or choose another place"
+    )
+    assert len(errors) == 3
+    assert names == "[]"
 
 
 def test_a_failed_create_leaves_nothing_behind(files: Store, root: Path):
