@@ -5,7 +5,6 @@ because workers run in other folders.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from kdsr.spec import Frozen, TrainableSpec
+from kdsr.terms import DistillTerms, OutputTerm, PixelTerm, TeacherTerms
 
 
 def absolute_uri(uri: str) -> str:
@@ -215,64 +215,6 @@ class DataConfig(Frozen):
     augment: bool = True
     """Flips and quarter turns."""
     degradation: Degradation = BicubicDegradation()
-
-
-class Schedule(Frozen):
-    """Weight of a term: constant, or linear from `weight` to `final_weight` over part of the run."""
-
-    weight: float = Field(default=1.0, ge=0)
-    final_weight: float | None = Field(default=None, ge=0)
-    """Weight at the end of the ramp; `weight` when not set."""
-    ramp: tuple[float, float] = (0.0, 1.0)
-    """Where the ramp begins and ends, as fractions of the run."""
-
-    def at(self, progress: float) -> float:
-        """The weight when `progress` (0 to 1) of the run is done."""
-        if self.final_weight is None:
-            return self.weight
-        begin, end = self.ramp
-        done = (progress - begin) / (end - begin) if end > begin else float(progress >= begin)
-        return self.weight + (self.final_weight - self.weight) * min(max(done, 0.0), 1.0)
-
-    @model_validator(mode="after")
-    def _ramp_runs_forward(self) -> Self:
-        begin, end = self.ramp
-        if not 0 <= begin <= end <= 1:
-            raise ValueError(f"ramp must run forward within 0..1, found {begin}..{end}")
-        return self
-
-
-PixelLoss = Literal["l1", "charbonnier", "mse"]
-
-
-class PixelTerm(Schedule):
-    """Distance between the network's output and HR."""
-
-    kind: Literal["pixel"] = "pixel"
-    loss: PixelLoss = "l1"
-
-
-class OutputTerm(Schedule):
-    """Distance between the student's and the teacher's output for the same LR."""
-
-    kind: Literal["output"] = "output"
-    loss: PixelLoss = "l1"
-
-
-DistillTerm = Annotated[PixelTerm | OutputTerm, Field(discriminator="kind")]
-
-
-def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
-    """Between two of these moments weights run straight, so a sum of zero would show at one of them."""
-    moments = {0.0, *(moment for term in terms for moment in term.ramp if moment < 1)}
-    for moment in sorted(moments):
-        if not any(term.at(moment) > 0 for term in terms):
-            raise ValueError(f"no term has a weight at {moment:g} of the run; there is nothing to minimise")
-    return terms
-
-
-TeacherTerms = Annotated[tuple[PixelTerm, ...], AfterValidator(_never_weightless)]
-DistillTerms = Annotated[tuple[DistillTerm, ...], AfterValidator(_never_weightless)]
 
 
 class OptimizerConfig(Frozen):

@@ -6,7 +6,7 @@ Knows neither where data comes from nor what is distilled, and no cluster.
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdsr.config import OptimizerConfig
 from kdsr.errors import NonFiniteLoss
 from kdsr.models import SrModel
-from kdsr.objectives import Losses, Objective
+from kdsr.objectives import Losses
 from kdsr.pairs import Cursor, PairBatch
 
 
@@ -36,6 +36,8 @@ class StepReport:
     """Of the whole step, waiting included."""
     waiting_seconds: float
     """Until the batch was there."""
+    details: dict[str, float] = field(default_factory=dict)
+    """What terms tell beside their values: weights really used, bounds."""
 
     @property
     def loss(self) -> float:
@@ -53,14 +55,24 @@ class TrainState:
     ema: SrModel
     config: OptimizerConfig
     num_steps: int
+    auxiliary: nn.Module | None = None
+    """What is trained beside the network and never exported: projections, critics."""
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
+
+    def train_too(self, auxiliary: nn.Module) -> None:
+        """Train the parameters of `auxiliary` with those of the network, and save its state with theirs."""
+        parameters = list(auxiliary.parameters())
+        if parameters:
+            self.optimizer.add_param_group({"params": parameters})
+        self.auxiliary = auxiliary
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads without running code."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
+            "auxiliary": {} if self.auxiliary is None else self.auxiliary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "cursor": list(self.cursor),
@@ -70,6 +82,8 @@ class TrainState:
         """Go on from `state`."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state.get("auxiliary", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.cursor = Cursor(*state["cursor"])
@@ -90,16 +104,18 @@ def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> Tra
 
 def fit(
     state: TrainState,
-    objective: Objective,
+    objective: Callable[[PairBatch], Losses],
     batches: Iterator[tuple[PairBatch, Cursor]],
     *,
     until_step: int,
     autocast: torch.dtype | None = None,
+    after_step: Callable[[], dict[str, float]] = dict,
 ) -> Iterator[StepReport]:
     """Train until `until_step`, one report a step. `state` is current whenever a report is handed over.
 
-    `autocast` is the type of the forward pass; None leaves it in float32. Raises NonFiniteLoss, before the
-    weights are touched, when a term or the gradient is NaN or infinite.
+    `autocast` is the type of the forward pass; None leaves it in float32. `after_step` is called when the
+    weights have moved, and what it returns is reported. Raises NonFiniteLoss, before the weights are
+    touched, when a term or the gradient is NaN or infinite.
     """
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     while state.step < until_step:
@@ -120,6 +136,7 @@ def fit(
         state.step += 1
         state.cursor = cursor
         _update_ema(state)
+        details = after_step()
         yield StepReport(
             step=state.step,
             losses=values,
@@ -128,6 +145,7 @@ def fit(
             num_patches=len(pair.lr),
             seconds=time.perf_counter() - begin,
             waiting_seconds=arrived - begin,
+            details=details,
         )
 
 

@@ -33,10 +33,12 @@ from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
 from kdsr.models import build_model, fold, inherit_weights
-from kdsr.objectives import build_objective, needs_teacher
+from kdsr.objectives import Objective, build_objective, needs_live_teacher, needs_teacher
+from kdsr.objectives.step import require_tap
 from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader
 from kdsr.spec import Card, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
+from kdsr.terms import TappedTerm
 from kdsr.upscale import Upscaler
 from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic
 
@@ -128,6 +130,8 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     inputs = check(config)
     torch.manual_seed(config.seed)
     state = _start(config, worker.device)
+    objective = _objective(config, inputs, state, worker)
+    state.train_too(objective)
     states, history = StateStore(_run_store(config)), History(_run_store(config))
     if (latest := states.load("latest")) is not None:
         state.load_state_dict(latest)
@@ -136,12 +140,11 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
         _run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
     reports = fit(
         state,
-        build_objective(
-            worker.wrap(state.model), config.terms, teacher=_live_teacher(config, inputs, worker.device)
-        ),
+        objective,
         _pairs(config, inputs, state.cursor, worker),
         until_step=config.num_steps,
         autocast=autocast_type(config.precision, worker.device),
+        after_step=objective.after_step,
     )
     validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
     try:
@@ -188,9 +191,11 @@ def _summarise(reports: Sequence[StepReport], world_size: int) -> dict[str, floa
     seconds = sum(report.seconds for report in reports)
     names = sorted({name for report in reports for name in report.losses})
     terms = {name: _mean([r.losses[name] for r in reports if name in r.losses]) for name in names}
+    details = {name: value for report in reports for name, value in report.details.items()}
     return {
         "loss": _mean([report.loss for report in reports]),
         **terms,
+        **details,
         "learning_rate": reports[-1].learning_rate,
         "gradient_norm": _mean([report.gradient_norm for report in reports]),
         "patches_per_second": world_size * sum(report.num_patches for report in reports) / seconds,
@@ -230,6 +235,17 @@ def _start(config: RunConfig, device: torch.device) -> TrainState:
     return new_state(model.train(), config.optimizer, num_steps=config.num_steps)
 
 
+def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Worker) -> Objective:
+    objective = build_objective(
+        state.model,
+        config.terms,
+        teacher=_live_teacher(config, inputs, worker.device),
+        channels=config.model.channels,
+        wrap=worker.wrap,
+    )
+    return objective.to(worker.device)
+
+
 def _pairs(
     config: RunConfig, inputs: Inputs, start: Cursor, worker: Worker
 ) -> Iterator[tuple[PairBatch, Cursor]]:
@@ -266,9 +282,19 @@ def _check_teacher(config: RunConfig, index: ShardIndex) -> TeacherRef:
             f"{config.data.shards} carries the teacher's outputs for bicubic LR, and data.degradation "
             f"{config.data.degradation.kind} makes another LR; use the shards without labels"
         )
+    _check_taps(config, card)
     if is_imported(card):
         require_better_than_bicubic(load_model(config.teacher.uri, config.store))
     return TeacherRef(name=card.name, sha256=card.sha256, licence=config.teacher.licence or card.licence)
+
+
+def _check_taps(config: DistillConfig, teacher: Card) -> None:
+    """Raise RequestError for a tap that does not exist. An imported teacher is asked when loaded."""
+    for term in config.terms:
+        for pair in term.taps if isinstance(term, TappedTerm) else ():
+            require_tap(pair.student, config.student.taps, who=f"the student ({config.student.kind})")
+            if not is_imported(teacher):
+                require_tap(pair.teacher, teacher.spec.taps, who=f"the teacher ({teacher.name})")
 
 
 def _check_first_weights(config: RunConfig, card: Card) -> None:
@@ -283,8 +309,9 @@ def _check_first_weights(config: RunConfig, card: Card) -> None:
 
 
 def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn.Module | None:
-    """The teacher's network, unless the shards already carry what it says."""
-    if inputs.teacher is None or inputs.index.teacher is not None:
+    """The teacher's network, unless the shards already carry all that the terms ask of it."""
+    is_stored = inputs.index.teacher is not None
+    if inputs.teacher is None or (is_stored and not needs_live_teacher(config.terms)):
         return None
     assert isinstance(config, DistillConfig)
     loaded: LoadedModel = load_model(config.teacher.uri, config.store)

@@ -1,68 +1,162 @@
 """What a network is trained for: terms that share one forward pass, each with a weight over the run.
 
-`build_objective` turns the terms of a config into one `Objective`. A new way of distilling is a new file
-with a term function and a row in `_build_term`; nothing else changes.
+`build_objective` turns the terms of a config into one `Objective`. A new way of distilling is a config in
+`kdsr.terms`, a file here with a `Term`, and a row in `TERMS`; nothing else changes.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kdsr.config import DistillTerm, OutputTerm, PixelTerm
 from kdsr.errors import RequestError
-from kdsr.objectives.output import output_distance
-from kdsr.objectives.pixel import pixel_distance
+from kdsr.objectives.features import (
+    AffinityDistance,
+    AttentionDistance,
+    ProjectedDistance,
+    StatisticsDistance,
+)
+from kdsr.objectives.mutual_information import CriticBound, VariationalBound
+from kdsr.objectives.output import OutputDistance
+from kdsr.objectives.pixel import PixelDistance
+from kdsr.objectives.step import Step, Taps, Term, Widths
 from kdsr.pairs import PairBatch
+from kdsr.terms import (
+    AffinityTerm,
+    AttentionTerm,
+    CriticTerm,
+    DistillTerm,
+    FeatureTerm,
+    OutputTerm,
+    PixelTerm,
+    StatisticsTerm,
+    TappedTerm,
+    TermConfig,
+    VariationalTerm,
+)
+
+__all__ = [
+    "TERMS",
+    "Losses",
+    "Objective",
+    "Step",
+    "Term",
+    "build_objective",
+    "needs_live_teacher",
+    "needs_teacher",
+]
+
+TERMS: Mapping[type[TermConfig], type[Term]] = {
+    PixelTerm: PixelDistance,
+    OutputTerm: OutputDistance,
+    FeatureTerm: ProjectedDistance,
+    StatisticsTerm: StatisticsDistance,
+    AttentionTerm: AttentionDistance,
+    AffinityTerm: AffinityDistance,
+    VariationalTerm: VariationalBound,
+    CriticTerm: CriticBound,
+}
 
 Losses = dict[str, Tensor]
 """Name of a term to its weighted value, a scalar; their sum is what is minimised."""
 
-Objective = Callable[[PairBatch], Losses]
-Term = Callable[[Tensor, PairBatch], Tensor]
+Wrap = Callable[[nn.Module], Callable[..., Tensor]]
+"""Makes a network data-parallel."""
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    name: str
+    config: DistillTerm
+    term: Term
+    run: Callable[[Step], Tensor]
+    """The term, wrapped for data parallelism where it has parameters."""
+
+
+class Objective(nn.Module):
+    """All terms of a run. Its parameters are those of the terms, and its state belongs into a checkpoint."""
+
+    def __init__(self, terms: Sequence[_Weighted], begin: Callable[[PairBatch], Step]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict({weighted.name: weighted.term for weighted in terms})
+        self._weighted, self._begin = tuple(terms), begin
+        self._last: tuple[Step, dict[str, float]] | None = None
+
+    def forward(self, pair: PairBatch) -> Losses:
+        """One forward pass of the student, then every term whose weight is not zero at that point of the run.
+
+        Raises RequestError when a term needs a teacher and there is neither one nor a stored output.
+        """
+        step = self._begin(pair)
+        weights = {each.name: each.config.at(pair.progress) for each in self._weighted}
+        used = [each for each in self._weighted if weights[each.name] > 0]
+        self._last = step, {each.name: weights[each.name] for each in used}
+        return {each.name: weights[each.name] * each.run(step) for each in used}
+
+    def after_step(self) -> dict[str, float]:
+        """For the moment when the weights have moved; returns what is worth logging beside the losses."""
+        assert self._last is not None, "after_step comes after a forward pass"
+        step, weights = self._last
+        self._last = None
+        logged = {f"weight/{name}": weight for name, weight in weights.items()}
+        for each in self._weighted:
+            if each.name in weights:
+                found = each.term.after_step(step)
+                logged.update({f"{each.name}/{name}": value for name, value in found.items()})
+        return logged
 
 
 def build_objective(
-    student: Callable[[Tensor], Tensor], terms: Sequence[DistillTerm], *, teacher: nn.Module | None = None
+    student: nn.Module,
+    terms: Sequence[DistillTerm],
+    *,
+    teacher: nn.Module | None = None,
+    channels: int = 3,
+    wrap: Wrap = lambda module: module,
 ) -> Objective:
-    """One forward pass of `student`, then every term whose weight is not zero at that point of the run.
+    """The objective of a run. `wrap` makes `student`, and the terms that learn, data-parallel.
 
-    `student` may be wrapped for data parallelism. The objective raises RequestError when a term needs a
-    teacher and there is neither one nor a stored output.
+    Raises RequestError for taps that do not exist.
     """
-    built = [
-        (name, config, _build_term(config, teacher))
-        for name, config in zip(_names(terms), terms, strict=True)
-    ]
+    tapped = [pair for config in terms if isinstance(config, TappedTerm) for pair in config.taps]
+    student_taps = teacher_taps = None
+    if tapped:
+        student_taps = Taps(student, [pair.student for pair in tapped], who="the student")
+        if teacher is None:
+            raise RequestError("features are compared with those of a live teacher; found none")
+        teacher_taps = Taps(teacher, [pair.teacher for pair in tapped], who="the teacher")
+    widths = Widths(
+        student_taps.widths(channels) if student_taps else {},
+        teacher_taps.widths(channels) if teacher_taps else {},
+    )
+    run = wrap(student)
 
-    def objective(pair: PairBatch) -> Losses:
-        sr = student(pair.lr)
-        weights = [(name, config.at(pair.progress), term) for name, config, term in built]
-        return {name: weight * term(sr, pair) for name, weight, term in weights if weight > 0}
+    def begin(pair: PairBatch) -> Step:
+        return Step(pair, student=run, student_taps=student_taps, teacher=teacher, teacher_taps=teacher_taps)
 
-    return objective
+    weighted = []
+    for name, config in zip(_names(terms), terms, strict=True):
+        term = TERMS[type(config)](config, widths)
+        learns = any(parameter.requires_grad for parameter in term.parameters())
+        weighted.append(_Weighted(name, config, term, wrap(term) if learns else term))
+    return Objective(weighted, begin)
 
 
 def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
     """Whether any term looks at the teacher."""
-    return any(isinstance(term, OutputTerm) for term in terms)
+    return any(not isinstance(term, PixelTerm) for term in terms)
 
 
-def _names(terms: Sequence[DistillTerm]) -> list[str]:
-    """`pixel_l1`, `output_l1`, ...; a second term of the same kind and loss becomes `pixel_l1_2`."""
+def needs_live_teacher(terms: Sequence[DistillTerm]) -> bool:
+    """Whether any term looks at more of the teacher than its output for the batch."""
+    return any(not isinstance(term, PixelTerm | OutputTerm) for term in terms)
+
+
+def _names(terms: Sequence[DistillTerm]) -> Iterator[str]:
+    """`pixel_l1`, `output_l1`, `attention`, ...; a second term of the same name becomes `pixel_l1_2`."""
     seen: Counter[str] = Counter()
-    names: list[str] = []
     for config in terms:
-        name = f"{config.kind}_{config.loss}"
+        name = f"{config.kind}_{config.loss}" if hasattr(config, "loss") else config.kind
         seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return names
-
-
-def _build_term(config: DistillTerm, teacher: nn.Module | None) -> Term:
-    match config:
-        case PixelTerm():
-            return pixel_distance(config.loss)
-        case OutputTerm():
-            return output_distance(config.loss, teacher)
-    raise RequestError(f"no objective for {config!r}")
+        yield name if seen[name] == 1 else f"{name}_{seen[name]}"

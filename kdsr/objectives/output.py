@@ -3,34 +3,20 @@
 Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; He et al., FAKD, ICIP 2020.
 """
 
-from collections.abc import Callable
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from kdsr.config import PixelLoss
-from kdsr.errors import RequestError
 from kdsr.losses import LOSSES
-from kdsr.pairs import PairBatch
+from kdsr.objectives.step import Step, Term, Widths
+from kdsr.terms import OutputTerm
 
 
-def output_distance(loss: PixelLoss, teacher: nn.Module | None) -> Callable[[Tensor, PairBatch], Tensor]:
-    """Distance of SR (B, C, H, W) to the teacher's SR; stored outputs are taken where the batch has them."""
-    distance = LOSSES[loss]
+class OutputDistance(Term):
+    """Distance of SR to the teacher's SR; stored outputs are taken where the batch has them."""
 
-    def term(sr: Tensor, pair: PairBatch) -> Tensor:
-        return distance(sr, teacher_output(teacher, pair))
+    def __init__(self, config: OutputTerm, widths: Widths) -> None:
+        super().__init__(config, widths)
+        self._distance = LOSSES[config.loss]
 
-    return term
-
-
-def teacher_output(teacher: nn.Module | None, pair: PairBatch) -> Tensor:
-    """The teacher's SR for `pair.lr`, without a gradient, clamped to [0, 1] as a stored one would be."""
-    if pair.teacher_sr is not None:
-        return pair.teacher_sr
-    if teacher is None:
-        raise RequestError("an output term needs a teacher, or shards with its outputs; found neither")
-    with torch.inference_mode():
-        sr = teacher(pair.lr)
-    # An inference tensor may not be saved for a backward pass; its copy may.
-    return sr.float().clamp(0, 1).clone()
+    def forward(self, step: Step) -> Tensor:
+        """See `Term`."""
+        return self._distance(step.sr, step.teacher_sr)

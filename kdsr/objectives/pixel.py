@@ -1,19 +1,19 @@
 """Train against HR."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from kdsr.config import PixelLoss
 from kdsr.losses import LOSSES
-from kdsr.pairs import PairBatch
+from kdsr.objectives.step import Step, Term, Widths
+from kdsr.terms import PixelTerm
 
 
-def pixel_distance(loss: PixelLoss) -> Callable[[Tensor, PairBatch], Tensor]:
-    """Distance of SR (B, C, H, W) to HR."""
-    distance = LOSSES[loss]
+class PixelDistance(Term):
+    """Distance of SR to HR."""
 
-    def term(sr: Tensor, pair: PairBatch) -> Tensor:
-        return distance(sr, pair.hr)
+    def __init__(self, config: PixelTerm, widths: Widths) -> None:
+        super().__init__(config, widths)
+        self._distance = LOSSES[config.loss]
 
-    return term
+    def forward(self, step: Step) -> Tensor:
+        """See `Term`."""
+        return self._distance(step.sr, step.pair.hr)

@@ -16,7 +16,6 @@ from kdsr.config import (
     DistillConfig,
     EvaluateConfig,
     LabelConfig,
-    Schedule,
     ShardConfig,
     StoreConfig,
     TeacherTrainingConfig,
@@ -27,6 +26,7 @@ from kdsr.config import (
     model_reference,
 )
 from kdsr.spec import EdsrSpec, Frozen
+from kdsr.terms import Schedule
 
 ROOT = Path(__file__).parents[2]
 YAML_FILES = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))

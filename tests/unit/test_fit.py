@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdsr.checkpoint import StateStore
-from kdsr.config import OptimizerConfig, PixelTerm
+from kdsr.config import OptimizerConfig
 from kdsr.errors import NonFiniteLoss
 from kdsr.fit import fit, learning_rate_at, new_state
 from kdsr.models import build_model
@@ -16,6 +16,7 @@ from kdsr.objectives import build_objective
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EspcnSpec, RepChainSpec
 from kdsr.store import open_store
+from kdsr.terms import PixelTerm
 
 SPEC = RepChainSpec(scale=2, num_features=4, num_layers=3)
 

@@ -129,7 +129,15 @@ def test_a_run_tells_and_writes_the_same_at_the_steps_that_were_asked_for(finish
     assert [progress.step for progress in told] == [logged["step"] for logged in rows] == [2, 3, 4, 6]
     for progress, logged in zip(told, rows, strict=True):
         assert {"step": progress.step, **progress.metrics} == logged
-    names = {"loss", "pixel_l1", "learning_rate", "gradient_norm", "patches_per_second", "waiting_share"}
+    names = {
+        "loss",
+        "pixel_l1",
+        "weight/pixel_l1",
+        "learning_rate",
+        "gradient_norm",
+        "patches_per_second",
+        "waiting_share",
+    }
     validated = {"heldout_psnr_y"}
     assert [logged.keys() - {"step"} for logged in rows] == [names, validated, names, names | validated]
     assert all(0 <= row["waiting_share"] <= 1 and row["patches_per_second"] > 0 for row in (rows[0], rows[2]))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from kdsr.config import OutputTerm, PixelTerm
 from kdsr.errors import RequestError
 from kdsr.losses import LOSSES
 from kdsr.models import build_model
 from kdsr.objectives import build_objective, needs_teacher
 from kdsr.pairs import PairBatch
 from kdsr.spec import EspcnSpec
+from kdsr.terms import OutputTerm, PixelTerm
 
 
 class Counting(nn.Module):
@@ -36,7 +36,7 @@ def net(seed):
 @pytest.fixture
 def pair():
     torch.manual_seed(7)
-    return PairBatch(lr=torch.rand(2, 3, 6, 5), hr=torch.rand(2, 3, 12, 10))
+    return PairBatch(lr=torch.rand(2, 3, 7, 6), hr=torch.rand(2, 3, 14, 12))
 
 
 def values(losses):

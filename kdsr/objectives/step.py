@@ -1,0 +1,165 @@
+"""What the terms of one training step share: each network runs once, and only when a term asks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdsr.errors import RequestError
+from kdsr.pairs import PairBatch
+
+PROBE_SIZE = 16
+"""Height and width of the input with which the width of features is found."""
+
+
+class Taps:
+    """Reads what chosen submodules of a network give. Raises RequestError for one that does not exist."""
+
+    def __init__(self, network: nn.Module, names: Iterable[str], *, who: str) -> None:
+        self._names = tuple(dict.fromkeys(names))
+        self._network, self._who = network, who
+        self._read: dict[str, Tensor] | None = None
+        modules = dict(network.named_modules())
+        for name in self._names:
+            require_tap(name, tap_names(network), who=who)
+            modules[name].register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if self._read is not None:
+                self._read[name] = output
+
+        return keep
+
+    def read(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network's output when `run` runs it, and features (B, F, h, w) by the name of their tap."""
+        self._read = {}
+        try:
+            output, read = run(), self._read
+        finally:
+            self._read = None
+        for name, features in read.items():
+            if not isinstance(features, Tensor) or features.dim() != 4:
+                shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                raise RequestError(
+                    f"tap {name!r} of {self._who} gives {shape}; expected features (B, F, h, w); "
+                    f"choose another"
+                )
+        return output, read
+
+    @torch.no_grad()
+    def widths(self, channels: int) -> dict[str, int]:
+        """Number of features F of each tap, found with a small grey input."""
+        if not self._names:
+            return {}
+        device = next(self._network.parameters()).device
+        grey = torch.full((1, channels, PROBE_SIZE, PROBE_SIZE), 0.5, device=device)
+        _, read = self.read(lambda: self._network(grey))
+        return {name: features.shape[1] for name, features in read.items()}
+
+
+def tap_names(network: nn.Module) -> tuple[str, ...]:
+    """Names of a network's taps: those of its spec, or for an imported network all submodules."""
+    taps: tuple[str, ...] = getattr(getattr(network, "spec", None), "taps", ())
+    return taps or tuple(name for name, _ in network.named_modules() if name)
+
+
+def require_tap(name: str, known: Iterable[str], *, who: str) -> None:
+    """Raise RequestError, with the taps that there are, for another one."""
+    if name not in known:
+        raise RequestError(f"{who} has no tap {name!r}; it has {', '.join(known) or 'none'}")
+
+
+class Step:
+    """One batch on its way through the student, and the teacher where a term wants to know what it says."""
+
+    def __init__(
+        self,
+        pair: PairBatch,
+        *,
+        student: Callable[[Tensor], Tensor],
+        student_taps: Taps | None = None,
+        teacher: nn.Module | None = None,
+        teacher_taps: Taps | None = None,
+    ) -> None:
+        self.pair = pair
+        self._student, self._teacher, self._teacher_taps = student, teacher, teacher_taps
+        self.features: Mapping[str, Tensor] = {}
+        """The student's, by the name of their tap."""
+        if student_taps is None:
+            self.sr = student(pair.lr)
+            """The student's output (B, C, H, W)."""
+        else:
+            self.sr, self.features = student_taps.read(lambda: student(pair.lr))
+
+    def upscale(self, lr: Tensor) -> Tensor:
+        """The student's output for another input, through which gradients flow too."""
+        return self._student(lr)
+
+    def teach(self, lr: Tensor) -> Tensor:
+        """The teacher's output for another input, without a gradient, in [0, 1]. Raises RequestError."""
+        if self._teacher is None:
+            raise RequestError(
+                "a term needs the teacher itself, not its stored outputs; found none; set teacher.uri"
+            )
+        with torch.inference_mode():
+            sr = self._teacher(lr)
+        return _usable(sr).clamp(0, 1)
+
+    @cached_property
+    def teacher_sr(self) -> Tensor:
+        """The teacher's output for the batch, in [0, 1]: the stored one where there is one."""
+        if self.pair.teacher_sr is not None:
+            return self.pair.teacher_sr
+        if self._teacher is None:
+            raise RequestError("an output term needs a teacher, or shards with its outputs; found neither")
+        return self._taught[0]
+
+    @property
+    def teacher_features(self) -> Mapping[str, Tensor]:
+        """The teacher's features for the batch, by the name of their tap."""
+        return self._taught[1]
+
+    @cached_property
+    def _taught(self) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._teacher_taps is None:
+            return self.teach(self.pair.lr), {}
+        assert self._teacher is not None
+        teacher = self._teacher
+        with torch.inference_mode():
+            sr, features = self._teacher_taps.read(lambda: teacher(self.pair.lr))
+        return _usable(sr).clamp(0, 1), {name: _usable(tensor) for name, tensor in features.items()}
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """An inference tensor may not be saved for a backward pass; its copy may."""
+    return tensor.float().clone()
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Number of features of each tap."""
+
+    student: Mapping[str, int] = field(default_factory=dict)
+    teacher: Mapping[str, int] = field(default_factory=dict)
+
+
+class Term(nn.Module, ABC):
+    """One part of what is minimised. Its parameters are trained with the student, by the same optimiser."""
+
+    def __init__(self, config: Any, widths: Widths) -> None:
+        super().__init__()
+        del config, widths
+
+    @abstractmethod
+    def forward(self, step: Step) -> Tensor:
+        """A scalar in float32, not weighted."""
+
+    def after_step(self, step: Step) -> dict[str, float]:
+        """Called when the weights have moved: for what learns on its own. Returns what is worth logging."""
+        del step
+        return {}

@@ -1,0 +1,154 @@
+"""What a network is trained for: one frozen config per term. `kdsr.objectives` builds them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kdsr.spec import Frozen
+
+
+class Schedule(Frozen):
+    """Weight of a term: constant, or linear from `weight` to `final_weight` over part of the run."""
+
+    weight: float = Field(default=1.0, ge=0)
+    final_weight: float | None = Field(default=None, ge=0)
+    """Weight at the end of the ramp; `weight` when not set."""
+    ramp: tuple[float, float] = (0.0, 1.0)
+    """Where the ramp begins and ends, as fractions of the run."""
+
+    def at(self, progress: float) -> float:
+        """The weight when `progress` (0 to 1) of the run is done."""
+        if self.final_weight is None:
+            return self.weight
+        begin, end = self.ramp
+        done = (progress - begin) / (end - begin) if end > begin else float(progress >= begin)
+        return self.weight + (self.final_weight - self.weight) * min(max(done, 0.0), 1.0)
+
+    @model_validator(mode="after")
+    def _ramp_runs_forward(self) -> Self:
+        begin, end = self.ramp
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(f"ramp must run forward within 0..1, found {begin}..{end}")
+        return self
+
+
+class TermConfig(Schedule):
+    """A term with its weight over the run."""
+
+
+class TapPair(Frozen):
+    """Where features of the student and of the teacher are read and compared."""
+
+    student: str
+    """Submodule of the student; its spec names those that there are."""
+    teacher: str
+    """Submodule of the teacher."""
+
+
+class TappedTerm(TermConfig):
+    """A term that compares features."""
+
+    taps: tuple[TapPair, ...] = Field(min_length=1)
+    """Pairs of places that are compared; the term is their mean."""
+
+
+PixelLoss = Literal["l1", "charbonnier", "mse", "ssim", "ms_ssim", "fft_l1"]
+
+
+class PixelTerm(TermConfig):
+    """Distance between the network's output and HR."""
+
+    kind: Literal["pixel"] = "pixel"
+    loss: PixelLoss = "l1"
+
+
+class OutputTerm(TermConfig):
+    """Distance between the student's and the teacher's output for the same LR."""
+
+    kind: Literal["output"] = "output"
+    loss: PixelLoss = "l1"
+
+
+class FeatureTerm(TappedTerm):
+    """Distance of projected student features to the teacher's (FitNets: Romero et al., ICLR 2015)."""
+
+    kind: Literal["features"] = "features"
+    loss: Literal["l1", "mse"] = "l1"
+
+
+class StatisticsTerm(TappedTerm):
+    """Distance of what all channels of a pixel have in common (Gao et al., SRKD, ACCV 2018)."""
+
+    kind: Literal["statistics"] = "statistics"
+    statistic: Literal["mean_then_square", "square_then_mean", "max", "min"] = "mean_then_square"
+
+
+class AttentionTerm(TappedTerm):
+    """Distance of normalised activation maps (Zagoruyko and Komodakis, ICLR 2017)."""
+
+    kind: Literal["attention"] = "attention"
+    power: float = Field(default=2.0, gt=0)
+
+
+class AffinityTerm(TappedTerm):
+    """Distance of the similarities between pixels, or between channels (He et al., FAKD, ICIP 2020)."""
+
+    kind: Literal["affinity"] = "affinity"
+    over: Literal["space", "channels"] = "space"
+    pool: int = Field(default=16, ge=2)
+    """Features are averaged to at most so many pixels a side; similarities grow with its fourth power."""
+
+
+class VariationalTerm(TappedTerm):
+    """Variational bound on the mutual information, by a density around projected student features.
+
+    Sources: Ahn et al., VID, CVPR 2019 (Gaussian); Lee et al., PISR, ECCV 2020 (Laplace).
+    """
+
+    kind: Literal["variational"] = "variational"
+    density: Literal["gaussian", "laplace"] = "laplace"
+    num_hidden: int = Field(default=32, ge=1)
+    """Width of the network from student to teacher features."""
+
+
+class CriticTerm(TappedTerm):
+    """Bound on the mutual information by a critic that tells pairs from strangers; the student helps it.
+
+    Sources: Hjelm et al., Deep InfoMax, ICLR 2019 (Jensen-Shannon); van den Oord et al., 2018 (InfoNCE).
+    """
+
+    kind: Literal["critic"] = "critic"
+    bound: Literal["jensen_shannon", "info_nce"] = "info_nce"
+    num_embedded: int = Field(default=32, ge=2)
+    """Width in which features of both are compared."""
+    positions: int = Field(default=8, ge=1)
+    """Places that are drawn in each image; the features of all others in the batch are the negatives."""
+    temperature: float = Field(default=0.1, gt=0)
+    """Of InfoNCE."""
+
+
+DistillTerm = Annotated[
+    PixelTerm
+    | OutputTerm
+    | FeatureTerm
+    | StatisticsTerm
+    | AttentionTerm
+    | AffinityTerm
+    | VariationalTerm
+    | CriticTerm,
+    Field(discriminator="kind"),
+]
+
+
+def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
+    """Between two of these moments weights run straight, so a sum of zero would show at one of them."""
+    moments = {0.0, *(moment for term in terms for moment in term.ramp if moment < 1)}
+    for moment in sorted(moments):
+        if not any(term.at(moment) > 0 for term in terms):
+            raise ValueError(f"no term has a weight at {moment:g} of the run; there is nothing to minimise")
+    return terms
+
+
+TeacherTerms = Annotated[tuple[PixelTerm, ...], AfterValidator(_never_weightless)]
+DistillTerms = Annotated[tuple[DistillTerm, ...], AfterValidator(_never_weightless)]
