@@ -8,7 +8,6 @@ Peak memory is that of this process, read after the picture was made by another 
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -16,7 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from kdsr import provenance
+
 TILE = 512
+TITLE = "A huge picture"
+REMARKS = [
+    "One picture of `side` x `side` pixels from a tiled TIFF to a tiled BigTIFF, some rows at a time. "
+    "`peak_rss_mb` is all memory of the process, `rss_at_rest_mb` what it took before the picture."
+]
 
 
 def make_picture(path: Path, side: int) -> None:
@@ -120,15 +128,15 @@ def main() -> None:
         picture = folder / "in" / "huge.tif"
         make = [sys.executable, __file__, "--side", str(args.side), "--make", str(picture)]
         subprocess.run(make, check=True)
-        report = {
+        row = {
             "side": args.side,
             "model": args.model,
             "format": args.format,
             "threads": args.threads,
             "input_bytes": picture.stat().st_size,
-            "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
             **upscale(folder, args.model, args.format, args.threads, args.windows_above),
         }
+    report = {"title": TITLE, "remarks": REMARKS, "rows": [row]} | provenance.stamp()
     text = json.dumps(report, indent=2)
     print(text)
     if args.json:

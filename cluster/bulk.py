@@ -41,7 +41,7 @@ from kdsr.upscale import Upscaler, compute_threads
 
 MAX_TASK_ROWS = 16
 """Images that an actor is given at once: what is redone when it dies, and how often progress is heard of."""
-EXTRA_IMAGES = 4
+EXTRA_IMAGES = 2
 """Images that an actor downloads, decodes, encodes or writes while others keep its cores busy."""
 BUDGET_PIXELS = 256_000_000
 """Output pixels that an actor holds at once; an image beyond it is done alone."""

@@ -9,6 +9,7 @@ The only module that knows boto3. Knows no images and no JSON.
 import errno
 import fcntl
 import hashlib
+import mimetypes
 import os
 import platform
 import random
@@ -527,7 +528,7 @@ class S3Store(Store):
 
     def put(self, key: str, data: bytes) -> ObjectInfo:
         with self._errors(key):
-            answer = self._ask("put_object", **self._at(key), Body=data)
+            answer = self._ask("put_object", **self._at(key), **_content_type(key), Body=data)
         return _object_info(key, len(data), answer)
 
     def create(self, key: str, data: bytes) -> ObjectInfo:
@@ -555,7 +556,9 @@ class S3Store(Store):
 
         def upload() -> None:
             with path.open("rb") as file:
-                self._connection.client.upload_fileobj(file, **self._at(key), Config=transfer)
+                self._connection.client.upload_fileobj(
+                    file, **self._at(key), ExtraArgs=_content_type(key), Config=transfer
+                )
 
         with self._errors(key):
             self._patiently(upload)
@@ -790,6 +793,12 @@ def _may_pass(error: Exception) -> bool:
 
 class _BeyondEndError(StoreError):
     """A range that begins after the last byte."""
+
+
+def _content_type(key: str) -> dict[str, str]:
+    """What a browser needs to show the object rather than save it; nothing where the name does not tell."""
+    found, _ = mimetypes.guess_type(key, strict=False)
+    return {"ContentType": found} if found else {}
 
 
 def _object_info(key: str, size: int, answer: Mapping[str, Any]) -> ObjectInfo:

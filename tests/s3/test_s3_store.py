@@ -426,3 +426,18 @@ with local_s3() as server:
     )
     with pytest.raises(StoreError):
         store.get("key")
+
+
+def test_a_browser_is_told_what_an_object_is(bucket: Store, s3_server: LocalS3, tmp_path: Path):
+    (tmp_path / "x").write_bytes(b"pixels")
+    bucket.put("page.html", b"<p>")
+    bucket.put("without", b"?")
+    bucket.put_file("large.webp", tmp_path / "x")
+    folder = bucket.uri.rpartition("/")[2]
+
+    def told(key: str) -> str:
+        found: str = s3_server.client().head_object(Bucket="kdsr-tests", Key=f"{folder}/{key}")["ContentType"]
+        return found
+
+    assert (told("page.html"), told("large.webp")) == ("text/html", "image/webp")
+    assert told("without") not in ("text/html", "image/webp")
