@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from kdsr.spec import Frozen, TrainableSpec
-from kdsr.terms import DistillTerms, OutputTerm, PixelTerm, TeacherTerms
+from kdsr.terms import Balance, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
 
 
 def absolute_uri(uri: str) -> str:
@@ -242,6 +242,8 @@ class TrainingConfig(Frozen):
     data: DataConfig
     init_from: ModelReference | None = None
     """Model whose weights the network starts from where names and shapes agree, of any scale."""
+    balance: Balance = FixedBalance()
+    """What keeps several terms in balance."""
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=16, ge=1)

@@ -62,7 +62,7 @@ class TrainState:
 
     def train_too(self, auxiliary: nn.Module) -> None:
         """Train the parameters of `auxiliary` with those of the network, and save its state with theirs."""
-        parameters = list(auxiliary.parameters())
+        parameters = [parameter for parameter in auxiliary.parameters() if parameter.requires_grad]
         if parameters:
             self.optimizer.add_param_group({"params": parameters})
         self.auxiliary = auxiliary

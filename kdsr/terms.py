@@ -128,6 +128,37 @@ class CriticTerm(TappedTerm):
     """Of InfoNCE."""
 
 
+class ContrastiveTerm(TermConfig):
+    """Near the teacher's output and far from what an earlier student made of noisy input, in a feature space.
+
+    The space is that of a few random convolutions, which need no download.
+    Sources: Wang et al., CSD, IJCAI 2021; DCKD, AAAI 2025, for the negatives.
+    """
+
+    kind: Literal["contrastive"] = "contrastive"
+    num_negatives: int = Field(default=3, ge=1)
+    noise: tuple[float, float] = (1.0, 30.0)
+    """Least and greatest standard deviation of the noise on the input, in grey levels of 255."""
+    refresh_steps: int = Field(default=500, ge=1)
+    """How often the earlier student is replaced by the present one."""
+    num_features: int = Field(default=32, ge=1)
+    """Width of each of the space's three layers."""
+
+
+class UpcyclingTerm(TermConfig):
+    """More pairs from the same images: HR as another input (zoom-in), LR as another target (zoom-out).
+
+    The student must give the teacher's answer to a zoomed-in input also when that is turned or inverted.
+    Source: Zhang et al., data upcycling knowledge distillation, arXiv 2309.14162; AugKD, ICLR 2025.
+    """
+
+    kind: Literal["upcycling"] = "upcycling"
+    zoom_in: bool = True
+    zoom_out: bool = True
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Of each of: inverted, mirrored, flipped, transposed."""
+
+
 DistillTerm = Annotated[
     PixelTerm
     | OutputTerm
@@ -136,9 +167,46 @@ DistillTerm = Annotated[
     | AttentionTerm
     | AffinityTerm
     | VariationalTerm
-    | CriticTerm,
+    | CriticTerm
+    | ContrastiveTerm
+    | UpcyclingTerm,
     Field(discriminator="kind"),
 ]
+
+
+class FixedBalance(Frozen):
+    """Nothing but the weights that were asked for."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class GradientBalance(Frozen):
+    """Each term beside the pixel terms pulls with a share of their gradient, and only where it agrees.
+
+    Sources: Chen et al., GradNorm, ICML 2018, for the norms; Du et al., 2018, for the cosine gate.
+    """
+
+    kind: Literal["gradient"] = "gradient"
+    share: float = Field(default=0.3, gt=0)
+    """Norm of a term's gradient with weight 1, as a part of the norm of the pixel terms' together."""
+    gate: bool = True
+    """Whether a term whose gradient points against that of the pixel terms is left out meanwhile."""
+    every_steps: int = Field(default=20, ge=1)
+    """How often gradients are looked at, term by term; each time costs a backward pass a term."""
+    memory: float = Field(default=0.7, ge=0, lt=1)
+    """How much of the last factors is kept each time."""
+
+
+class UncertaintyBalance(Frozen):
+    """Each term's factor is learned: loss / b + log b (Kendall et al., CVPR 2018, in the form for L1).
+
+    Terms that are easy to lower get large factors: look at the weights that are logged.
+    """
+
+    kind: Literal["uncertainty"] = "uncertainty"
+
+
+Balance = Annotated[FixedBalance | GradientBalance | UncertaintyBalance, Field(discriminator="kind")]
 
 
 def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:

@@ -240,6 +240,8 @@ def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Wor
         state.model,
         config.terms,
         teacher=_live_teacher(config, inputs, worker.device),
+        balance=config.balance,
+        scale=config.model.scale,
         channels=config.model.channels,
         wrap=worker.wrap,
     )

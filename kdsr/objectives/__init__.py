@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
+from kdsr.objectives.balance import Balancer, build_balancer
+from kdsr.objectives.contrastive import ContrastiveDistance
 from kdsr.objectives.features import (
     AffinityDistance,
     AttentionDistance,
@@ -20,19 +22,24 @@ from kdsr.objectives.features import (
 from kdsr.objectives.mutual_information import CriticBound, VariationalBound
 from kdsr.objectives.output import OutputDistance
 from kdsr.objectives.pixel import PixelDistance
-from kdsr.objectives.step import Step, Taps, Term, Widths
+from kdsr.objectives.step import Parts, Step, Taps, Term, Wrap
+from kdsr.objectives.upcycling import UpcyclingDistance
 from kdsr.pairs import PairBatch
 from kdsr.terms import (
     AffinityTerm,
     AttentionTerm,
+    Balance,
+    ContrastiveTerm,
     CriticTerm,
     DistillTerm,
     FeatureTerm,
+    FixedBalance,
     OutputTerm,
     PixelTerm,
     StatisticsTerm,
     TappedTerm,
     TermConfig,
+    UpcyclingTerm,
     VariationalTerm,
 )
 
@@ -56,13 +63,14 @@ TERMS: Mapping[type[TermConfig], type[Term]] = {
     AffinityTerm: AffinityDistance,
     VariationalTerm: VariationalBound,
     CriticTerm: CriticBound,
+    ContrastiveTerm: ContrastiveDistance,
+    UpcyclingTerm: UpcyclingDistance,
 }
+
+FIXED = FixedBalance()
 
 Losses = dict[str, Tensor]
 """Name of a term to its weighted value, a scalar; their sum is what is minimised."""
-
-Wrap = Callable[[nn.Module], Callable[..., Tensor]]
-"""Makes a network data-parallel."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,11 @@ class _Weighted:
 class Objective(nn.Module):
     """All terms of a run. Its parameters are those of the terms, and its state belongs into a checkpoint."""
 
-    def __init__(self, terms: Sequence[_Weighted], begin: Callable[[PairBatch], Step]) -> None:
+    def __init__(
+        self, terms: Sequence[_Weighted], begin: Callable[[PairBatch], Step], balancer: Balancer
+    ) -> None:
         super().__init__()
+        self.balancer = balancer
         self.terms = nn.ModuleDict({weighted.name: weighted.term for weighted in terms})
         self._weighted, self._begin = tuple(terms), begin
         self._last: tuple[Step, dict[str, float]] | None = None
@@ -86,20 +97,23 @@ class Objective(nn.Module):
     def forward(self, pair: PairBatch) -> Losses:
         """One forward pass of the student, then every term whose weight is not zero at that point of the run.
 
+        What is returned has weights and the balancer's factors in it.
+
         Raises RequestError when a term needs a teacher and there is neither one nor a stored output.
         """
         step = self._begin(pair)
         weights = {each.name: each.config.at(pair.progress) for each in self._weighted}
         used = [each for each in self._weighted if weights[each.name] > 0]
         self._last = step, {each.name: weights[each.name] for each in used}
-        return {each.name: weights[each.name] * each.run(step) for each in used}
+        return self.balancer({each.name: each.run(step) for each in used}, weights)
 
     def after_step(self) -> dict[str, float]:
         """For the moment when the weights have moved; returns what is worth logging beside the losses."""
         assert self._last is not None, "after_step comes after a forward pass"
         step, weights = self._last
         self._last = None
-        logged = {f"weight/{name}": weight for name, weight in weights.items()}
+        factors = self.balancer.factors()
+        logged = {f"weight/{name}": weight * factors.get(name, 1.0) for name, weight in weights.items()}
         for each in self._weighted:
             if each.name in weights:
                 found = each.term.after_step(step)
@@ -112,6 +126,8 @@ def build_objective(
     terms: Sequence[DistillTerm],
     *,
     teacher: nn.Module | None = None,
+    balance: Balance = FIXED,
+    scale: int = 4,
     channels: int = 3,
     wrap: Wrap = lambda module: module,
 ) -> Objective:
@@ -126,9 +142,12 @@ def build_objective(
         if teacher is None:
             raise RequestError("features are compared with those of a live teacher; found none")
         teacher_taps = Taps(teacher, [pair.teacher for pair in tapped], who="the teacher")
-    widths = Widths(
-        student_taps.widths(channels) if student_taps else {},
-        teacher_taps.widths(channels) if teacher_taps else {},
+    parts = Parts(
+        student,
+        scale=scale,
+        channels=channels,
+        student_widths=student_taps.widths(channels) if student_taps else {},
+        teacher_widths=teacher_taps.widths(channels) if teacher_taps else {},
     )
     run = wrap(student)
 
@@ -137,10 +156,12 @@ def build_objective(
 
     weighted = []
     for name, config in zip(_names(terms), terms, strict=True):
-        term = TERMS[type(config)](config, widths)
+        term = TERMS[type(config)](config, parts)
         learns = any(parameter.requires_grad for parameter in term.parameters())
         weighted.append(_Weighted(name, config, term, wrap(term) if learns else term))
-    return Objective(weighted, begin)
+    pixel = [each.name for each in weighted if isinstance(each.config, PixelTerm)]
+    others = [each.name for each in weighted if each.name not in pixel]
+    return Objective(weighted, begin, build_balancer(balance, student, pixel=pixel, others=others))
 
 
 def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
@@ -150,7 +171,7 @@ def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
 
 def needs_live_teacher(terms: Sequence[DistillTerm]) -> bool:
     """Whether any term looks at more of the teacher than its output for the batch."""
-    return any(not isinstance(term, PixelTerm | OutputTerm) for term in terms)
+    return any(isinstance(term, TappedTerm | UpcyclingTerm) for term in terms)
 
 
 def _names(terms: Sequence[DistillTerm]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdsr.objectives.step import Step, Term, Widths
+from kdsr.objectives.step import Parts, Step, Term
 from kdsr.terms import AffinityTerm, AttentionTerm, FeatureTerm, StatisticsTerm, TappedTerm
 
 EPSILON = 1e-6
@@ -20,8 +20,8 @@ EPSILON = 1e-6
 class TappedDistance(Term):
     """Mean over pairs of taps."""
 
-    def __init__(self, config: TappedTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: TappedTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._taps = config.taps
 
     def forward(self, step: Step) -> Tensor:
@@ -53,11 +53,12 @@ def standardised(features: Tensor) -> Tensor:
 class ProjectedDistance(TappedDistance):
     """Student features through a 1x1 convolution of its own, against the teacher's (FitNets, ICLR 2015)."""
 
-    def __init__(self, config: FeatureTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: FeatureTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._distance = F.l1_loss if config.loss == "l1" else F.mse_loss
         self.projections = nn.ModuleList(
-            nn.Conv2d(widths.student[pair.student], widths.teacher[pair.teacher], 1) for pair in config.taps
+            nn.Conv2d(parts.student_widths[pair.student], parts.teacher_widths[pair.teacher], 1)
+            for pair in config.taps
         )
 
     def compare(self, student: Tensor, teacher: Tensor, number: int) -> Tensor:
@@ -68,8 +69,8 @@ class ProjectedDistance(TappedDistance):
 class StatisticsDistance(TappedDistance):
     """Maps of one number a pixel, standardised (SRKD, ACCV 2018)."""
 
-    def __init__(self, config: StatisticsTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: StatisticsTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._statistic = STATISTICS[config.statistic]
 
     def compare(self, student: Tensor, teacher: Tensor, number: int) -> Tensor:
@@ -89,8 +90,8 @@ STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class AttentionDistance(TappedDistance):
     """Where both networks are active: sum over channels of |F|^p, as a direction (ICLR 2017)."""
 
-    def __init__(self, config: AttentionTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: AttentionTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._power = config.power
 
     def compare(self, student: Tensor, teacher: Tensor, number: int) -> Tensor:
@@ -108,13 +109,14 @@ def attention(features: Tensor, power: float) -> Tensor:
 class AffinityDistance(TappedDistance):
     """How alike pixels are to each other, or channels, in either network (FAKD, ICIP 2020)."""
 
-    def __init__(self, config: AffinityTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: AffinityTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._over, self._pool = config.over, config.pool
         self.projections = nn.ModuleList()
         if config.over == "channels":
             self.projections.extend(
-                _as_wide(widths.student[pair.student], widths.teacher[pair.teacher]) for pair in config.taps
+                _as_wide(parts.student_widths[pair.student], parts.teacher_widths[pair.teacher])
+                for pair in config.taps
             )
 
     def compare(self, student: Tensor, teacher: Tensor, number: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdsr.objectives.features import TappedDistance, standardised
-from kdsr.objectives.step import Step, Widths
+from kdsr.objectives.step import Parts, Step
 from kdsr.terms import CriticTerm, VariationalTerm
 
 LEAST_SPREAD = 1e-2
@@ -24,12 +24,12 @@ class VariationalBound(TappedDistance):
     Sources: Ahn et al., VID, CVPR 2019, equations 4 to 7; Lee et al., PISR, ECCV 2020, for Laplace.
     """
 
-    def __init__(self, config: VariationalTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: VariationalTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._density = config.density
         self.means, self.spreads = nn.ModuleList(), nn.ParameterList()
         for pair in config.taps:
-            wide, wanted = widths.student[pair.student], widths.teacher[pair.teacher]
+            wide, wanted = parts.student_widths[pair.student], parts.teacher_widths[pair.teacher]
             self.means.append(
                 nn.Sequential(
                     nn.Conv2d(wide, config.num_hidden, 1),
@@ -56,13 +56,13 @@ class CriticBound(TappedDistance):
     Sources: van den Oord et al., 2018 (InfoNCE); Hjelm et al., Deep InfoMax, ICLR 2019 (Jensen-Shannon).
     """
 
-    def __init__(self, config: CriticTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: CriticTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._bound, self._positions, self._temperature = config.bound, config.positions, config.temperature
         self.students, self.teachers = nn.ModuleList(), nn.ModuleList()
         for pair in config.taps:
-            self.students.append(_embedding(widths.student[pair.student], config.num_embedded))
-            self.teachers.append(_embedding(widths.teacher[pair.teacher], config.num_embedded))
+            self.students.append(_embedding(parts.student_widths[pair.student], config.num_embedded))
+            self.teachers.append(_embedding(parts.teacher_widths[pair.teacher], config.num_embedded))
         self._nats: list[float] = []
         self._negatives = 0
 

@@ -6,15 +6,15 @@ Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; He e
 from torch import Tensor
 
 from kdsr.losses import LOSSES
-from kdsr.objectives.step import Step, Term, Widths
+from kdsr.objectives.step import Parts, Step, Term
 from kdsr.terms import OutputTerm
 
 
 class OutputDistance(Term):
     """Distance of SR to the teacher's SR; stored outputs are taken where the batch has them."""
 
-    def __init__(self, config: OutputTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: OutputTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._distance = LOSSES[config.loss]
 
     def forward(self, step: Step) -> Tensor:

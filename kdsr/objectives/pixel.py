@@ -3,15 +3,15 @@
 from torch import Tensor
 
 from kdsr.losses import LOSSES
-from kdsr.objectives.step import Step, Term, Widths
+from kdsr.objectives.step import Parts, Step, Term
 from kdsr.terms import PixelTerm
 
 
 class PixelDistance(Term):
     """Distance of SR to HR."""
 
-    def __init__(self, config: PixelTerm, widths: Widths) -> None:
-        super().__init__(config, widths)
+    def __init__(self, config: PixelTerm, parts: Parts) -> None:
+        super().__init__(config, parts)
         self._distance = LOSSES[config.loss]
 
     def forward(self, step: Step) -> Tensor:

@@ -140,20 +140,29 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.float().clone()
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Number of features of each tap."""
+Wrap = Callable[[nn.Module], Callable[..., Tensor]]
+"""Makes a network data-parallel."""
 
-    student: Mapping[str, int] = field(default_factory=dict)
-    teacher: Mapping[str, int] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class Parts:
+    """What terms are built from."""
+
+    student: nn.Module
+    """Not wrapped."""
+    scale: int = 4
+    channels: int = 3
+    student_widths: Mapping[str, int] = field(default_factory=dict)
+    """Number of features of each of the student's taps."""
+    teacher_widths: Mapping[str, int] = field(default_factory=dict)
 
 
 class Term(nn.Module, ABC):
     """One part of what is minimised. Its parameters are trained with the student, by the same optimiser."""
 
-    def __init__(self, config: Any, widths: Widths) -> None:
+    def __init__(self, config: Any, parts: Parts) -> None:
         super().__init__()
-        del config, widths
+        del config, parts
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor:

@@ -1,0 +1,145 @@
+"""Factors that keep several terms in balance, beside the weights that were asked for.
+
+Sources: Chen et al., GradNorm, ICML 2018; Du et al., Adapting Auxiliary Losses Using Gradient Similarity,
+2018; Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from kdsr.terms import Balance, FixedBalance, GradientBalance, UncertaintyBalance
+
+TINY = 1e-12
+
+
+class Balancer(nn.Module, ABC):
+    """Turns values of terms into what is minimised. Its state is a run's, like that of the terms."""
+
+    @abstractmethod
+    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Each scalar with its weight and its factor."""
+
+    @abstractmethod
+    def factors(self) -> dict[str, float]:
+        """What each term is multiplied by now, its own weight left out."""
+
+
+class Fixed(Balancer):
+    """The weights that were asked for, and nothing else."""
+
+    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """See `Balancer`."""
+        return {name: weights[name] * value for name, value in values.items()}
+
+    def factors(self) -> dict[str, float]:
+        """See `Balancer`."""
+        return {}
+
+
+class ByGradient(Balancer):
+    """See `GradientBalance`. All workers take the mean of what each of them finds."""
+
+    found: Tensor
+    steps: Tensor
+
+    def __init__(
+        self, config: GradientBalance, student: nn.Module, *, pixel: Sequence[str], others: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self._config, self._pixel, self._others = config, tuple(pixel), tuple(others)
+        self._student = [student]  # referred to, not owned
+        self.register_buffer("found", torch.full((len(others),), torch.nan))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """See `Balancer`."""
+        if int(self.steps) % self._config.every_steps == 0 or self._is_new(values):
+            self._look(values, weights)
+        self.steps += 1
+        factors = self.factors()
+        return {name: weights[name] * factors.get(name, 1.0) * value for name, value in values.items()}
+
+    def factors(self) -> dict[str, float]:
+        """See `Balancer`."""
+        pairs = zip(self._others, self.found.tolist(), strict=True)
+        return {name: factor for name, factor in pairs if not math.isnan(factor)}
+
+    def _is_new(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether a term takes part for the first time."""
+        return any(name in values and name not in self.factors() for name in self._others)
+
+    def _look(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        pixel = [weights[name] * values[name] for name in self._pixel if name in values]
+        if not pixel:
+            return
+        reference = self._gradient(torch.stack(pixel).sum())
+        for place, name in enumerate(self._others):
+            if name not in values:
+                continue
+            gradient = self._gradient(values[name])
+            sums = torch.stack(
+                [reference.square().sum(), gradient.square().sum(), (reference * gradient).sum()]
+            )
+            pull, norm, agreement = _over_workers(sums).tolist()
+            factor = self._config.share * (pull / max(norm, TINY)) ** 0.5
+            if self._config.gate and agreement <= 0:
+                factor = 0.0
+            before, kept = float(self.found[place]), self._config.memory
+            self.found[place] = factor if math.isnan(before) else kept * before + (1 - kept) * factor
+
+    def _gradient(self, value: Tensor) -> Tensor:
+        """Of the student's parameters, in one row."""
+        parameters = [parameter for parameter in self._student[0].parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat(
+            [
+                (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()
+                for parameter, gradient in zip(parameters, found, strict=True)
+            ]
+        )
+
+
+def _over_workers(sums: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+class ByUncertainty(Balancer):
+    """See `UncertaintyBalance`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = tuple(names)
+        self.log_spreads = nn.Parameter(torch.zeros(len(names)))
+
+    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """See `Balancer`."""
+        places = {name: place for place, name in enumerate(self._names)}
+        spreads = self.log_spreads.float()
+        return {
+            name: weights[name] * (value * torch.exp(-spreads[places[name]]) + spreads[places[name]])
+            for name, value in values.items()
+        }
+
+    def factors(self) -> dict[str, float]:
+        """See `Balancer`."""
+        return dict(zip(self._names, torch.exp(-self.log_spreads.detach()).tolist(), strict=True))
+
+
+def build_balancer(
+    config: Balance, student: nn.Module, *, pixel: Sequence[str], others: Sequence[str]
+) -> Balancer:
+    """The one that `config` asks for; `pixel` and `others` are the names of the terms of either kind."""
+    match config:
+        case GradientBalance():
+            return ByGradient(config, student, pixel=pixel, others=others)
+        case UncertaintyBalance():
+            return ByUncertainty([*pixel, *others])
+        case FixedBalance():
+            return Fixed()

@@ -1,0 +1,113 @@
+"""What the balancers multiply terms by, and what they report."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from kdsr.config import OptimizerConfig
+from kdsr.fit import fit, new_state
+from kdsr.models import build_model
+from kdsr.objectives import build_objective
+from kdsr.objectives.balance import ByGradient
+from kdsr.pairs import Cursor, PairBatch
+from kdsr.spec import EspcnSpec
+from kdsr.terms import GradientBalance, OutputTerm, PixelTerm, UncertaintyBalance
+
+SPEC = EspcnSpec(scale=2, num_features=8)
+TERMS = [PixelTerm(), OutputTerm(weight=1), OutputTerm(weight=0.5, loss="mse")]
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return build_model(SPEC)
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(7)
+    return PairBatch(lr=torch.rand(2, 3, 12, 10), hr=torch.rand(2, 3, 24, 20))
+
+
+def norm(value, student):
+    gradients = torch.autograd.grad(value, list(student.parameters()), retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+
+
+def test_every_term_pulls_with_its_share_of_the_pixel_terms(pair):
+    student = net()
+    balance = GradientBalance(share=0.2, gate=False)
+    losses = build_objective(student, TERMS, teacher=net(1), balance=balance)(pair)
+    whole = norm(losses["pixel_l1"], student)
+    assert norm(losses["output_l1"], student) == pytest.approx(0.2 * whole, rel=1e-4)
+    assert norm(losses["output_mse"], student) == pytest.approx(0.5 * 0.2 * whole, rel=1e-4)
+
+
+def test_a_term_that_pulls_the_other_way_is_left_out(pair):
+    against, student = OutputTerm(loss="l1"), net()
+    with torch.no_grad():  # around mid-grey, so that nothing is clamped
+        student.body[-2].bias.fill_(0.5)
+    pair = replace(pair, hr=0.45 + 0.1 * pair.hr)
+
+    class Opposite(nn.Module):
+        """As far from the student as HR is, on the other side."""
+
+        def forward(self, lr):
+            with torch.no_grad():
+                sr = student(lr)
+            return sr - (pair.hr - sr)
+
+    def weights(teacher, balance):
+        objective = build_objective(student, [PixelTerm(), against], teacher=teacher, balance=balance)
+        objective(pair)
+        return objective.after_step()
+
+    class Same(nn.Module):
+        def forward(self, lr):
+            return pair.hr
+
+    assert weights(Opposite(), GradientBalance())["weight/output_l1"] == 0
+    assert weights(Opposite(), GradientBalance(gate=False))["weight/output_l1"] > 0
+    assert weights(Same(), GradientBalance(share=0.25))["weight/output_l1"] == pytest.approx(0.25, rel=1e-3)
+
+
+def test_gradients_are_looked_at_as_often_as_was_asked_for(pair, monkeypatch):
+    looks = []
+    original = ByGradient._look
+    monkeypatch.setattr(ByGradient, "_look", lambda self, *args: looks.append(1) or original(self, *args))
+    objective = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance(every_steps=4))
+    for _ in range(9):
+        objective(pair)
+        objective.after_step()
+    assert len(looks) == 3
+
+
+def test_uncertainty_learns_to_trust_what_is_easy(pair):
+    student = net()
+    objective = build_objective(student, TERMS, teacher=net(1), balance=UncertaintyBalance())
+    state = new_state(student, OptimizerConfig(learning_rate=1e-2, warmup_steps=0), num_steps=60)
+    state.train_too(objective)
+    reports = list(
+        fit(state, objective, iter([(pair, Cursor())] * 60), until_step=60, after_step=objective.after_step)
+    )
+    told = reports[-1].details
+    assert told["weight/output_mse"] / 0.5 > told["weight/pixel_l1"] > 1
+
+
+def test_the_state_of_a_balancer_goes_on(pair):
+    first = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
+    first(pair)
+    second = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
+    second.load_state_dict(first.state_dict())
+    assert second.balancer.factors() == first.balancer.factors() != {}
+
+
+def test_without_a_balancer_weights_are_those_that_were_asked_for(pair):
+    objective = build_objective(net(), TERMS, teacher=net(1))
+    objective(pair)
+    assert objective.after_step() == {
+        "weight/pixel_l1": 1,
+        "weight/output_l1": 1,
+        "weight/output_mse": 0.5,
+    }

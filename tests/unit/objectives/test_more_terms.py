@@ -1,0 +1,128 @@
+"""Contrastive distance and data upcycling: what they are made of and where they lead."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kdsr.config import OptimizerConfig
+from kdsr.errors import RequestError
+from kdsr.fit import fit, new_state
+from kdsr.models import build_model
+from kdsr.objectives import build_objective
+from kdsr.objectives.contrastive import LAYER_WEIGHTS, RandomFeatures, contrast
+from kdsr.objectives.upcycling import Change
+from kdsr.pairs import Cursor, PairBatch
+from kdsr.spec import EspcnSpec
+from kdsr.terms import ContrastiveTerm, UpcyclingTerm
+
+SPEC = EspcnSpec(scale=2, num_features=8)
+
+
+def net(seed=0):
+    """Answers around mid-grey, so that nothing is clamped."""
+    torch.manual_seed(seed)
+    model = build_model(SPEC)
+    with torch.no_grad():
+        model.body[-2].bias.fill_(0.5)
+    return model
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(7)
+    return PairBatch(lr=torch.rand(2, 3, 12, 10), hr=torch.rand(2, 3, 24, 20))
+
+
+def objective_of(student, term, teacher=None):
+    torch.manual_seed(1)
+    return build_objective(student, [term], teacher=teacher, scale=2)
+
+
+def test_nearer_to_the_teacher_and_farther_from_the_negatives_is_better():
+    space = RandomFeatures(3, 8)
+    teacher, negative = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+
+    def value(image):
+        return contrast(space(image), space(teacher), [space(negative)]).item()
+
+    near, far = 0.9 * teacher + 0.1 * negative, 0.1 * teacher + 0.9 * negative
+    assert 0 == value(teacher) < value(near) < value(far)
+    halfway = [torch.full_like(features, 1.0) for features in space(teacher)]
+    zeros, twos = ([torch.full_like(f, v) for f in halfway] for v in (0.0, 2.0))
+    assert contrast(halfway, zeros, [twos, zeros]).item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_space_is_the_same_everywhere_never_learns_and_does_not_see_plain_colour():
+    one, other = RandomFeatures(3, 8), RandomFeatures(3, 8)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in one.parameters())
+    plain = one(torch.full((1, 3, 16, 16), 0.7))
+    assert len(plain) == len(LAYER_WEIGHTS)
+    assert plain[0][..., 2:-2, 2:-2].abs().max() < 1e-5
+
+
+def test_the_history_is_the_student_of_some_steps_ago_and_only_moves_when_it_is_time(pair):
+    student = net()
+    objective = objective_of(student, ContrastiveTerm(refresh_steps=3), teacher=net(1))
+    state = new_state(student, OptimizerConfig(warmup_steps=0), num_steps=4)
+    state.train_too(objective)
+    history = objective.terms["contrastive"].history
+    names = dict(objective.named_parameters())
+    assert len(state.optimizer.param_groups) == 1 and names, "nothing of it is trained"
+    steps = fit(state, objective, iter([(pair, Cursor())] * 4), until_step=4, after_step=objective.after_step)
+    equal = [
+        all(torch.equal(a, b) for a, b in zip(history.parameters(), student.parameters(), strict=True))
+        for _ in steps
+    ]
+    assert equal == [False, False, True, False]
+
+
+@pytest.mark.parametrize("term", [UpcyclingTerm(probability=0, zoom_out=False), UpcyclingTerm(probability=0)])
+def test_training_on_upcycled_pairs_alone_brings_the_student_nearer_to_the_teacher(term, pair):
+    student, teacher = net(), net(1).requires_grad_(False)
+    objective = objective_of(student, term, teacher)
+    state = new_state(student, OptimizerConfig(learning_rate=3e-3, warmup_steps=0), num_steps=80)
+    state.train_too(objective)
+
+    def distance():
+        with torch.no_grad():
+            return (student(pair.lr) - teacher(pair.lr).clamp(0, 1)).abs().mean().item()
+
+    before = distance()
+    list(fit(state, objective, iter([(pair, Cursor())] * 80), until_step=80, after_step=objective.after_step))
+    assert distance() < 0.7 * before
+
+
+def test_training_on_contrast_alone_lowers_it(pair):
+    student = net()
+    objective = objective_of(student, ContrastiveTerm(), net(1).requires_grad_(False))
+    state = new_state(student, OptimizerConfig(learning_rate=3e-3, warmup_steps=0), num_steps=60)
+    steps = fit(
+        state, objective, iter([(pair, Cursor())] * 60), until_step=60, after_step=objective.after_step
+    )
+    losses = [report.loss for report in steps]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("choice", list(itertools.product([False, True], repeat=4)))
+def test_a_change_is_undone_exactly_by_its_inverse(choice):
+    images = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    change = Change(*choice)
+    assert torch.allclose(change.undo(change.apply(images)), images)
+    assert torch.equal(change.apply(images), images) == (not any(choice))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_zooming_in_without_changes(pair):
+    term = UpcyclingTerm(zoom_out=False, probability=0)
+    same = net()
+    loss = objective_of(same, term, same)(pair)["upcycling"]
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_stored_outputs_do_not_answer_for_other_inputs(pair):
+    stored = replace(pair, teacher_sr=torch.rand_like(pair.hr))
+    with pytest.raises(RequestError, match=r"needs the teacher itself.*teacher\.uri"):
+        objective_of(net(), UpcyclingTerm())(stored)
+    objective_of(net(), ContrastiveTerm())(stored)
