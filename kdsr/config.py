@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from kdsr.spec import Frozen, TrainableSpec
+from kdsr.spec import Frozen, Goal, TrainableSpec
 from kdsr.terms import Balance, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
 
 
@@ -241,7 +241,9 @@ class TrainingConfig(Frozen):
     """Folder or prefix that holds runs."""
     data: DataConfig
     init_from: ModelReference | None = None
-    """Model whose weights the network starts from where names and shapes agree, of any scale."""
+    """Model of the same kind, of any scale, whose weights the network starts from."""
+    inherit: Literal["exact", "slice"] = "exact"
+    """What it takes: layers that agree in name and shape, or the strongest channels of a larger model."""
     balance: Balance = FixedBalance()
     """What keeps several terms in balance."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -287,14 +289,36 @@ class TeacherConfig(Frozen):
     """Bundled name, model directory, or a public checkpoint file (.pt, .pth, .safetensors)."""
     licence: str | None = None
     """Terms of the teacher's weights, where it has no card that names them; kept in the student's card."""
+    trained_for: Goal | None = None
+    """What it was trained for, where it has no card that says so; needed beside other teachers."""
+
+
+class MixConfig(Frozen):
+    """How the answers of several teachers become one, pixel by pixel.
+
+    Where HR is there, a teacher counts by how near it is to HR; elsewhere by how near it is to the others.
+    """
+
+    temperature: float = Field(default=0.01, gt=0)
+    """Error, of 1 for the whole range, that lowers a teacher's weight by the factor e."""
+    force: bool = False
+    """Mix teachers of different goals all the same."""
 
 
 class DistillConfig(TrainingConfig):
-    """Distil a teacher into a student."""
+    """Distil a teacher, or several, into a student."""
 
     student: TrainableSpec
     teacher: TeacherConfig
+    co_teachers: tuple[TeacherConfig, ...] = ()
+    """More teachers of the same scale; features are those of `teacher`."""
+    mix: MixConfig = MixConfig()
     terms: DistillTerms = (PixelTerm(), OutputTerm())
+
+    @property
+    def teachers(self) -> tuple[TeacherConfig, ...]:
+        """All of them, the first one first."""
+        return (self.teacher, *self.co_teachers)
 
     @property
     def model(self) -> TrainableSpec:

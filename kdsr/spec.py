@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Scale = Literal[1, 2, 3, 4]
 Channels = Literal[1, 3]
+Goal = Literal["fidelity", "perception"]
+"""What a network was trained for: to be near the truth (PSNR), or to look like it (GAN)."""
 
 
 class Frozen(BaseModel):
@@ -65,6 +67,54 @@ class RepChainSpec(NetworkSpec):
         return tuple(f"layers.{layer}" for layer in range(self.num_layers - 1))
 
 
+class MobileSpec(NetworkSpec):
+    """Inverted residuals with depthwise 3x3, no normalisation (Sandler et al., MobileNetV2, CVPR 2018)."""
+
+    kind: Literal["mobile"] = "mobile"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=32, ge=4)
+    num_blocks: int = Field(default=9, ge=1)
+    expansion: int = Field(default=2, ge=1)
+    """Width within a block, as a multiple of `num_features`."""
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The head and each block."""
+        return ("head", *(f"blocks.{block}" for block in range(self.num_blocks)))
+
+
+class ShuffleSpec(NetworkSpec):
+    """Channel split, depthwise 3x3, channel shuffle (Ma et al., ShuffleNet V2, ECCV 2018)."""
+
+    kind: Literal["shuffle"] = "shuffle"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=52, ge=4, multiple_of=2)
+    """Width; even, since half of the channels pass each block as they are."""
+    num_blocks: int = Field(default=20, ge=1)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The head and each block."""
+        return ("head", *(f"blocks.{block}" for block in range(self.num_blocks)))
+
+
+class MultiScaleSpec(NetworkSpec):
+    """Depthwise 3x3, 5x5 and 7x7 as local attention, after SAFMN (ICCV 2023) and SMFANet (ECCV 2024)."""
+
+    kind: Literal["multi_scale"] = "multi_scale"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=24, ge=4)
+    num_blocks: int = Field(default=7, ge=1)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The head and each block; the long residual is added behind the last."""
+        return ("head", *(f"blocks.{block}" for block in range(self.num_blocks)))
+
+
 class FsrcnnSpec(NetworkSpec):
     """FSRCNN: shrink, map, expand, transposed convolution (Dong et al., ECCV 2016)."""
 
@@ -118,11 +168,22 @@ class ImportedSpec(NetworkSpec):
 
 
 ModelSpec = Annotated[
-    EdsrSpec | RepChainSpec | FsrcnnSpec | EspcnSpec | BicubicSpec | ImportedSpec,
+    EdsrSpec
+    | RepChainSpec
+    | MobileSpec
+    | ShuffleSpec
+    | MultiScaleSpec
+    | FsrcnnSpec
+    | EspcnSpec
+    | BicubicSpec
+    | ImportedSpec,
     Field(discriminator="kind"),
 ]
 
-TrainableSpec = Annotated[EdsrSpec | RepChainSpec | FsrcnnSpec | EspcnSpec, Field(discriminator="kind")]
+TrainableSpec = Annotated[
+    EdsrSpec | RepChainSpec | MobileSpec | ShuffleSpec | MultiScaleSpec | FsrcnnSpec | EspcnSpec,
+    Field(discriminator="kind"),
+]
 
 
 class TeacherRef(Frozen):
@@ -145,7 +206,10 @@ class Card(Frozen):
     colour: Literal["sRGB", "grey"] = "sRGB"
     sha256: str
     """Of `model.safetensors`, or of the imported checkpoint file."""
+    trained_for: Goal = "fidelity"
     teacher: TeacherRef | None = None
+    """Of several, the first."""
+    co_teachers: list[TeacherRef] = []
     data: list[str] = []
     """Names of the training sets with their terms."""
     licence: str = "unknown"

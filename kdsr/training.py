@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from kdsr import provenance, shards
 from kdsr.checkpoint import (
-    LoadedModel,
     StateStore,
     is_imported,
     load_card,
@@ -32,8 +31,8 @@ from kdsr.degrade import build_degradation
 from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
-from kdsr.models import build_model, fold, inherit_weights
-from kdsr.objectives import Objective, build_objective, needs_live_teacher, needs_teacher
+from kdsr.models import build_model, fold, inherit_slice, inherit_weights, require_slice
+from kdsr.objectives import Ensemble, Objective, build_objective, needs_live_teacher, needs_teacher
 from kdsr.objectives.step import require_tap
 from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader
 from kdsr.spec import Card, ShardIndex, TeacherRef
@@ -83,7 +82,7 @@ class Inputs:
     """What a run reads: all of it checked."""
 
     index: ShardIndex
-    teacher: TeacherRef | None
+    teachers: tuple[TeacherRef, ...]
 
 
 def check(config: RunConfig) -> Inputs:
@@ -99,11 +98,11 @@ def check(config: RunConfig) -> Inputs:
             f"{config.data.shards}: all {index.num_rows} rows are held out; make shards with a smaller "
             f"heldout_fraction"
         )
-    teacher = _check_teacher(config, index) if needs_teacher(config.terms) else None
+    teachers = _check_teachers(config, index) if needs_teacher(config.terms) else ()
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
     _require_same_run(_run_store(config), config)
-    return Inputs(index, teacher)
+    return Inputs(index, teachers)
 
 
 def saved_step(config: RunConfig) -> int:
@@ -224,7 +223,8 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
 def _start(config: RunConfig, device: torch.device) -> TrainState:
     model = build_model(config.model)
     if config.init_from is not None:
-        taken = inherit_weights(model, load_model(config.init_from, config.store).model)
+        take = inherit_slice if config.inherit == "slice" else inherit_weights
+        taken = take(model, load_model(config.init_from, config.store).model)
         if taken == 0:
             raise RequestError(
                 f"init_from {config.init_from}: no layer has a name and shape of {config.model.kind}; "
@@ -261,7 +261,7 @@ def _pairs(
         context=degradation.context,
         batch_size=config.batch_size,
         seed=config.seed,
-        with_teacher_sr=inputs.teacher is not None,
+        with_teacher_sr=bool(inputs.teachers),
         rank=worker.rank,
         world_size=worker.world_size,
     )
@@ -269,25 +269,62 @@ def _pairs(
     return ((make(batch), batch.cursor) for batch in reader.batches(start))
 
 
-def _check_teacher(config: RunConfig, index: ShardIndex) -> TeacherRef:
+def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, ...]:
     assert isinstance(config, DistillConfig)
-    card = load_card(config.teacher.uri, config.store)
-    require_teacher_spec(card, scale=config.student.scale, channels=config.student.channels)
-    if index.teacher is not None and index.teacher.sha256 != card.sha256:
+    cards = [load_card(teacher.uri, config.store) for teacher in config.teachers]
+    for card in cards:
+        require_teacher_spec(card, scale=config.student.scale, channels=config.student.channels)
+    _check_goals(config, cards)
+    if index.teacher is not None:
+        _check_stored_outputs(config, index.teacher, cards)
+    _check_taps(config, cards[0])
+    for teacher, card in zip(config.teachers, cards, strict=True):
+        if is_imported(card):
+            require_better_than_bicubic(load_model(teacher.uri, config.store))
+    return tuple(
+        TeacherRef(name=card.name, sha256=card.sha256, licence=teacher.licence or card.licence)
+        for teacher, card in zip(config.teachers, cards, strict=True)
+    )
+
+
+def _check_stored_outputs(config: DistillConfig, stored: TeacherRef, cards: Sequence[Card]) -> None:
+    """Raise RequestError for outputs that are not what the teachers of this run would say."""
+    if stored.sha256 != cards[0].sha256:
         raise RequestError(
-            f"{config.data.shards} carries outputs of teacher {index.teacher.name} "
-            f"({index.teacher.sha256[:12]}), and the run asks for {card.name} ({card.sha256[:12]}); "
-            f"label the shards with this teacher, or use the shards without labels"
+            f"{config.data.shards} carries outputs of teacher {stored.name} ({stored.sha256[:12]}), and the "
+            f"run asks for {cards[0].name} ({cards[0].sha256[:12]}); label the shards with this teacher, or "
+            f"use the shards without labels"
         )
-    if index.teacher is not None and not isinstance(config.data.degradation, BicubicDegradation):
+    if len(cards) > 1:
+        raise RequestError(
+            f"{config.data.shards} carries outputs of {stored.name} alone, and the run has "
+            f"{len(cards)} teachers; use the shards without labels"
+        )
+    if not isinstance(config.data.degradation, BicubicDegradation):
         raise RequestError(
             f"{config.data.shards} carries the teacher's outputs for bicubic LR, and data.degradation "
             f"{config.data.degradation.kind} makes another LR; use the shards without labels"
         )
-    _check_taps(config, card)
-    if is_imported(card):
-        require_better_than_bicubic(load_model(config.teacher.uri, config.store))
-    return TeacherRef(name=card.name, sha256=card.sha256, licence=config.teacher.licence or card.licence)
+
+
+def _check_goals(config: DistillConfig, cards: Sequence[Card]) -> None:
+    """Raise RequestError for teachers that want different things, unless that is what was asked for."""
+    if len(cards) == 1 or config.mix.force:
+        return
+    goals = {}
+    for teacher, card in zip(config.teachers, cards, strict=True):
+        if is_imported(card) and teacher.trained_for is None:
+            raise RequestError(
+                f"teacher {card.name}: a public checkpoint does not say what it was trained for; set its "
+                f"trained_for to fidelity (PSNR) or perception (GAN)"
+            )
+        goals[card.name] = teacher.trained_for or card.trained_for
+    if len(set(goals.values())) > 1:
+        said = ", ".join(f"{name} for {goal}" for name, goal in goals.items())
+        raise RequestError(
+            f"the teachers were trained for different goals ({said}): the mean of a sharp guess and a safe "
+            f"one is neither; use teachers of one goal, or set mix.force true"
+        )
 
 
 def _check_taps(config: DistillConfig, teacher: Card) -> None:
@@ -301,23 +338,30 @@ def _check_taps(config: DistillConfig, teacher: Card) -> None:
 
 def _check_first_weights(config: RunConfig, card: Card) -> None:
     """Raise RequestError for a network that shares no more than a bias with the one that is trained."""
+    if config.inherit == "slice":
+        try:
+            require_slice(config.model, card.spec)
+        except RequestError as error:
+            raise RequestError(f"init_from {config.init_from}: {error}") from None
+        return
     for what in ("kind", "num_features"):
         expected, found = getattr(config.model, what), getattr(card.spec, what, None)
         if expected != found:
             raise RequestError(
                 f"init_from {config.init_from}: expected a network of {what} {expected}, found {found}; "
-                f"take a model of the same kind and width, of any scale"
+                f"take a model of the same kind and width, of any scale, or set inherit to slice"
             )
 
 
 def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn.Module | None:
     """The teacher's network, unless the shards already carry all that the terms ask of it."""
     is_stored = inputs.index.teacher is not None
-    if inputs.teacher is None or (is_stored and not needs_live_teacher(config.terms)):
+    if not inputs.teachers or (is_stored and not needs_live_teacher(config.terms)):
         return None
     assert isinstance(config, DistillConfig)
-    loaded: LoadedModel = load_model(config.teacher.uri, config.store)
-    return loaded.model.requires_grad_(False).to(device)
+    models = [load_model(teacher.uri, config.store).model for teacher in config.teachers]
+    teacher = models[0] if len(models) == 1 else Ensemble(models, temperature=config.mix.temperature)
+    return teacher.requires_grad_(False).to(device)
 
 
 def _validator(config: RunConfig, index: ShardIndex, worker: Worker) -> Callable[[TrainState], float] | None:
@@ -401,7 +445,8 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
         num_parameters=0,
         sha256="",
         colour="sRGB" if config.model.channels == 3 else "grey",
-        teacher=inputs.teacher,
+        teacher=inputs.teachers[0] if inputs.teachers else None,
+        co_teachers=list(inputs.teachers[1:]),
         data=list(config.datasets) or [f"{config.data.shards} ({inputs.index.options.get('licence')})"],
         licence=config.licence,
         command=worker.command,

@@ -10,14 +10,42 @@ from kdsr.models.contract import SrModel
 from kdsr.models.edsr import Edsr
 from kdsr.models.espcn import Espcn
 from kdsr.models.fsrcnn import Fsrcnn
+from kdsr.models.inherit import refit, require_slice, slice_weights
+from kdsr.models.mobile import Mobile
+from kdsr.models.multi_scale import MultiScale
 from kdsr.models.rep_chain import RepChain
-from kdsr.spec import BicubicSpec, EdsrSpec, EspcnSpec, Frozen, FsrcnnSpec, ModelSpec, RepChainSpec
+from kdsr.models.shuffle import Shuffle
+from kdsr.spec import (
+    BicubicSpec,
+    EdsrSpec,
+    EspcnSpec,
+    Frozen,
+    FsrcnnSpec,
+    MobileSpec,
+    ModelSpec,
+    MultiScaleSpec,
+    RepChainSpec,
+    ShuffleSpec,
+)
 
-__all__ = ["MODELS", "BeforeShuffle", "SrModel", "build_model", "fold", "inherit_weights", "num_parameters"]
+__all__ = [
+    "MODELS",
+    "BeforeShuffle",
+    "SrModel",
+    "build_model",
+    "fold",
+    "inherit_slice",
+    "inherit_weights",
+    "num_parameters",
+    "require_slice",
+]
 
 MODELS: Mapping[type[Frozen], type[SrModel]] = {
     EdsrSpec: Edsr,
     RepChainSpec: RepChain,
+    MobileSpec: Mobile,
+    ShuffleSpec: Shuffle,
+    MultiScaleSpec: MultiScale,
     FsrcnnSpec: Fsrcnn,
     EspcnSpec: Espcn,
     BicubicSpec: Bicubic,
@@ -45,6 +73,21 @@ def inherit_weights(model: SrModel, source: SrModel) -> int:
     agreeing = {name: given[name] for name in own if name in given and own[name].shape == given[name].shape}
     model.load_state_dict(agreeing, strict=False)
     return len(agreeing)
+
+
+def inherit_slice(model: SrModel, source: SrModel) -> int:
+    """Start `model` from the strongest channels and evenly spaced blocks of a larger `source` of its kind.
+
+    Returns how many tensors were taken; a tail for another scale is left as it was. Where something was left
+    out, the layers are fitted to the source's features. Raises RequestError where `require_slice` does.
+    """
+    folded, larger = fold(model), fold(source)
+    plan, taken = slice_weights(folded, larger)
+    if num_parameters(folded) < num_parameters(larger):
+        refit(folded, larger, plan)
+    if isinstance(model, RepChain) and isinstance(folded, RepChain) and folded is not model:
+        model.inherit(folded)
+    return taken
 
 
 def num_parameters(model: nn.Module) -> int:

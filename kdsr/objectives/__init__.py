@@ -23,6 +23,7 @@ from kdsr.objectives.mutual_information import CriticBound, VariationalBound
 from kdsr.objectives.output import OutputDistance
 from kdsr.objectives.pixel import PixelDistance
 from kdsr.objectives.step import Parts, Step, Taps, Term, Wrap
+from kdsr.objectives.teachers import Ensemble
 from kdsr.objectives.upcycling import UpcyclingDistance
 from kdsr.pairs import PairBatch
 from kdsr.terms import (
@@ -45,6 +46,7 @@ from kdsr.terms import (
 
 __all__ = [
     "TERMS",
+    "Ensemble",
     "Losses",
     "Objective",
     "Step",
@@ -141,7 +143,8 @@ def build_objective(
         student_taps = Taps(student, [pair.student for pair in tapped], who="the student")
         if teacher is None:
             raise RequestError("features are compared with those of a live teacher; found none")
-        teacher_taps = Taps(teacher, [pair.teacher for pair in tapped], who="the teacher")
+        looked_at = teacher.first if isinstance(teacher, Ensemble) else teacher
+        teacher_taps = Taps(looked_at, [pair.teacher for pair in tapped], who="the teacher")
     parts = Parts(
         student,
         scale=scale,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
+from kdsr.objectives.teachers import Ensemble
 from kdsr.pairs import PairBatch
 
 PROBE_SIZE = 16
@@ -126,13 +127,21 @@ class Step:
 
     @cached_property
     def _taught(self) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._teacher_taps is None:
-            return self.teach(self.pair.lr), {}
-        assert self._teacher is not None
-        teacher = self._teacher
+        features: dict[str, Tensor] = {}
         with torch.inference_mode():
-            sr, features = self._teacher_taps.read(lambda: teacher(self.pair.lr))
+            if self._teacher_taps is None:
+                sr = self._answer()
+            else:
+                sr, features = self._teacher_taps.read(self._answer)
         return _usable(sr).clamp(0, 1), {name: _usable(tensor) for name, tensor in features.items()}
+
+    def _answer(self) -> Tensor:
+        """For the batch, whose HR several teachers may know."""
+        assert self._teacher is not None
+        if isinstance(self._teacher, Ensemble):
+            return self._teacher.knowing(self.pair.lr, self.pair.hr)
+        sr: Tensor = self._teacher(self.pair.lr)
+        return sr
 
 
 def _usable(tensor: Tensor) -> Tensor:

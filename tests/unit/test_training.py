@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from kdsr.checkpoint import StateStore, load_model, save_model
 from kdsr.config import (
     ClusterConfig,
     DataConfig,
     DistillConfig,
+    MixConfig,
     OptimizerConfig,
-    OutputTerm,
-    PixelTerm,
     RealWorldDegradation,
     TeacherConfig,
     TeacherTrainingConfig,
@@ -23,6 +23,14 @@ from kdsr.errors import NonFiniteLoss, RequestError
 from kdsr.models import build_model, fold
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, FsrcnnSpec, RepChainSpec, TeacherRef
 from kdsr.store import open_store
+from kdsr.terms import (
+    AttentionTerm,
+    DistillTerm,
+    GradientBalance,
+    OutputTerm,
+    PixelTerm,
+    TapPair,
+)
 from kdsr.training import Worker, autocast_type, check, exported_card, train
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
@@ -329,7 +337,7 @@ def test_a_teacher_of_another_scale_or_other_channels_is_refused(shards, tmp_pat
 
 def test_a_teacher_that_no_term_looks_at_is_not_even_read(shards, tmp_path):
     config = distil_config(shards, tmp_path, "file:///nowhere/model", terms=(PixelTerm(),))
-    assert check(config).teacher is None
+    assert check(config).teachers == ()
 
 
 def labelled_set(tmp_path, teacher, *, value=None):
@@ -364,6 +372,84 @@ def test_stored_outputs_for_another_lr_are_refused(tmp_path, teacher):
     data = DataConfig(shards=uri, patch_size=8, degradation=RealWorldDegradation())
     with pytest.raises(RequestError, match="outputs for bicubic LR, and data.degradation real_world makes"):
         check(distil_config(uri, tmp_path, teacher, data=data))
+
+
+def second_teacher(tmp_path, *, trained_for="fidelity"):
+    torch.manual_seed(1)
+    card = Card(name="second", spec=TEACHER, num_parameters=0, sha256="", trained_for=trained_for)
+    uri = f"file://{tmp_path}/second"
+    save_model(open_store(uri), build_model(TEACHER).eval(), card)
+    return TeacherConfig(uri=uri)
+
+
+def test_two_teachers_train_one_student_and_its_card_names_both(shards, tmp_path, teacher):
+    config = distil_config(shards, tmp_path, teacher, co_teachers=(second_teacher(tmp_path),))
+    list(train(config))
+    card = load_model(f"file://{tmp_path}/run/model").card
+    assert card.teacher is not None
+    assert [card.teacher.name, *(ref.name for ref in card.co_teachers)] == ["big", "second"]
+
+
+def test_teachers_of_different_goals_are_mixed_only_when_that_is_wanted(shards, tmp_path, teacher):
+    second = second_teacher(tmp_path, trained_for="perception")
+    config = distil_config(shards, tmp_path, teacher, co_teachers=(second,))
+    with pytest.raises(RequestError, match=r"big for fidelity, second for perception.*mix\.force"):
+        check(config)
+    forced = config.model_copy(update={"mix": MixConfig(force=True)})
+    assert [ref.name for ref in check(forced).teachers] == ["big", "second"]
+
+
+def test_stored_outputs_of_one_teacher_do_not_do_for_two(tmp_path, teacher):
+    uri = labelled_set(tmp_path, ref_of(teacher))
+    config = distil_config(uri, tmp_path, teacher, co_teachers=(second_teacher(tmp_path),))
+    with pytest.raises(RequestError, match=r"outputs of big alone, and the run has 2 teachers"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("taps", "words"),
+    [
+        (
+            ("layers.7", "trunk"),
+            r"the student \(rep_chain\) has no tap 'layers.7'; it has layers.0",
+        ),
+        (("layers.0", "tail"), r"the teacher \(big\) has no tap 'tail'; it has head, trunk.0, trunk"),
+    ],
+)
+def test_a_tap_that_does_not_exist_is_refused_before_anything_starts(shards, tmp_path, teacher, taps, words):
+    term = AttentionTerm(taps=(TapPair(student=taps[0], teacher=taps[1]),))
+    with pytest.raises(RequestError, match=words):
+        check(distil_config(shards, tmp_path, teacher, terms=(PixelTerm(), term)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        {"kind": "variational", "taps": [{"student": "layers.1", "teacher": "trunk"}]},
+        {"kind": "contrastive", "refresh_steps": 2},
+        {"kind": "upcycling"},
+    ],
+    ids=lambda term: term["kind"],
+)
+def test_what_learns_beside_the_student_goes_on_and_never_reaches_the_model(shards, tmp_path, teacher, term):
+    terms = (PixelTerm(), TypeAdapter(DistillTerm).validate_python(term))
+    chosen = {"terms": terms, "balance": GradientBalance(every_steps=2)}
+    whole = distil_config(shards, tmp_path / "whole", teacher, **chosen)
+    list(train(whole))
+    config = distil_config(shards, tmp_path, teacher, **chosen)
+    for progress in train(config):
+        if progress.step >= 4:
+            break
+    list(train(config))
+    assert set(weights_of(config)) == set(fold(build_model(STUDENT)).state_dict())
+    names = StateStore(store_of(config)).load("latest")["auxiliary"]
+    assert any("variational" in name or "contrastive" in name or "found" in name for name in names)
+    row = rows_of(config)[-1]
+    assert f"weight/{term['kind']}" in row
+    if term["kind"] == "variational":
+        # The others draw numbers that a start from the middle draws anew.
+        assert same(weights_of(config), weights_of(whole))
 
 
 @pytest.mark.parametrize(

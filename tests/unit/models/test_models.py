@@ -17,6 +17,9 @@ from kdsr.spec import BicubicSpec, EdsrSpec, ModelSpec, RepChainSpec
 SMALL: dict[str, dict[str, int]] = {
     "edsr": {"num_features": 8, "num_blocks": 2},
     "rep_chain": {"num_features": 8, "num_layers": 4},
+    "mobile": {"num_features": 8, "num_blocks": 2},
+    "shuffle": {"num_features": 8, "num_blocks": 3},
+    "multi_scale": {"num_features": 8, "num_blocks": 2},
     "fsrcnn": {"num_features": 8, "num_shrunk_features": 4, "num_mapping_layers": 2},
     "espcn": {"num_features": 8},
     "bicubic": {},
