@@ -112,6 +112,7 @@ def _load_foreign(uri: str, config: StoreConfig) -> LoadedModel:
         num_parameters=num_parameters(model),
         sha256=_digest(data),
         colour="sRGB" if model.spec.channels == 3 else "grey",
+        imported=True,
     )
     return LoadedModel(model.eval(), card)
 
@@ -205,4 +206,4 @@ def require_teacher_spec(card: Card, *, scale: int, channels: int) -> None:
 
 def is_imported(card: Card) -> bool:
     """Whether the model came from a public checkpoint file and its value range is only assumed."""
-    return isinstance(card.spec, ImportedSpec)
+    return card.imported or isinstance(card.spec, ImportedSpec)

@@ -3,9 +3,9 @@
 Plain frozen data with a JSON form. Knows no torch and no ray.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Scale = Literal[1, 2, 3, 4]
 Channels = Literal[1, 3]
@@ -145,6 +145,117 @@ class EspcnSpec(NetworkSpec):
         return ("body.1", "body.3")
 
 
+class SrresnetSpec(NetworkSpec):
+    """SRResNet, the generator of SRGAN, without batch normalisation (Ledig et al., CVPR 2017).
+
+    Its statistics would differ between training and use, and between one patch and another.
+    """
+
+    kind: Literal["srresnet"] = "srresnet"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=64, ge=4)
+    num_blocks: int = Field(default=16, ge=1)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The head, each block, and the trunk before the long residual."""
+        return ("head", *(f"trunk.{block}" for block in range(self.num_blocks)), "trunk")
+
+
+class RrdbnetSpec(NetworkSpec):
+    """RRDBNet, the generator of ESRGAN: residuals in residuals of dense blocks (Wang et al., ECCVW 2018)."""
+
+    kind: Literal["rrdbnet"] = "rrdbnet"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=64, ge=4)
+    num_growth: int = Field(default=32, ge=2)
+    """Width of each dense layer."""
+    num_blocks: int = Field(default=23, ge=1)
+    unshuffle: bool = False
+    """x2 only: the trunk runs on half the grid, as in Real-ESRGAN's x2 network."""
+
+    @property
+    def multiple_of(self) -> int:
+        """Height and width of the grid on which the trunk runs, in LR pixels."""
+        return 2 if self.unshuffle else 1
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The first convolution, each block, and the trunk before the long residual."""
+        return ("conv_first", *(f"body.{block}" for block in range(self.num_blocks)), "conv_body")
+
+    @model_validator(mode="after")
+    def _unshuffles_x2_only(self) -> Self:
+        if self.unshuffle and self.scale != 2:
+            raise ValueError(f"unshuffle is for scale 2 only, found scale {self.scale}")
+        return self
+
+
+class UnetSpec(NetworkSpec):
+    """A U-Net on the LR grid with a pixel-shuffle tail (Ronneberger et al., MICCAI 2015)."""
+
+    kind: Literal["unet"] = "unet"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=32, ge=4)
+    """Width at the top; twice as many with each level."""
+    num_levels: int = Field(default=3, ge=1, le=5)
+    """How often height and width are halved."""
+
+    @property
+    def multiple_of(self) -> int:
+        """Height and width that the network works on are multiples of this."""
+        return 2**self.num_levels
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Each level on the way down, the bottom, and each level on the way up."""
+        levels = range(self.num_levels)
+        return (
+            *(f"encoder.{level}" for level in levels),
+            "bottom",
+            *(f"decoder.{level}" for level in reversed(levels)),
+        )
+
+
+class SwinLightSpec(NetworkSpec):
+    """Window attention with shifted windows, a reduced SwinIR (Liang et al., ICCVW 2021)."""
+
+    kind: Literal["swin_light"] = "swin_light"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=60, ge=4)
+    num_heads: int = Field(default=6, ge=1)
+    """Of attention; a divisor of `num_features`."""
+    num_groups: int = Field(default=3, ge=1)
+    num_blocks: int = Field(default=4, ge=1)
+    """Attention blocks of a group; every second one has shifted windows."""
+    window_size: int = Field(default=8, ge=2)
+    """Side of a window in LR pixels."""
+    expansion: int = Field(default=2, ge=1)
+    """Width of the MLP's hidden layer, as a multiple of `num_features`."""
+
+    @property
+    def multiple_of(self) -> int:
+        """Height and width that the network works on are multiples of this."""
+        return self.window_size
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The head, each group, and the trunk before the long residual."""
+        return ("head", *(f"groups.{group}" for group in range(self.num_groups)), "trunk_tail")
+
+    @model_validator(mode="after")
+    def _heads_share_the_features(self) -> Self:
+        if self.num_features % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide num_features, found {self.num_heads} and {self.num_features}"
+            )
+        return self
+
+
 class BicubicSpec(NetworkSpec):
     """Bicubic interpolation, a = -0.5, as MATLAB's imresize enlarges (Keys, 1981). No parameters."""
 
@@ -175,14 +286,79 @@ ModelSpec = Annotated[
     | MultiScaleSpec
     | FsrcnnSpec
     | EspcnSpec
+    | SrresnetSpec
+    | RrdbnetSpec
+    | UnetSpec
+    | SwinLightSpec
     | BicubicSpec
     | ImportedSpec,
     Field(discriminator="kind"),
 ]
 
 TrainableSpec = Annotated[
-    EdsrSpec | RepChainSpec | MobileSpec | ShuffleSpec | MultiScaleSpec | FsrcnnSpec | EspcnSpec,
+    EdsrSpec
+    | RepChainSpec
+    | MobileSpec
+    | ShuffleSpec
+    | MultiScaleSpec
+    | FsrcnnSpec
+    | EspcnSpec
+    | SrresnetSpec
+    | RrdbnetSpec
+    | UnetSpec
+    | SwinLightSpec,
     Field(discriminator="kind"),
+]
+
+
+class DiscriminatorBase(Frozen):
+    """What discriminators have in common. They are trained beside a network and never exported."""
+
+    channels: int = Field(default=3, ge=1)
+    """Of the pictures, or of the features, that are judged."""
+    num_features: int = Field(default=64, ge=4)
+    """Width of the first layer."""
+    spectral_norm: bool = True
+    """Keep the largest singular value of each layer at 1 (Miyato et al., ICLR 2018)."""
+
+
+class SrganDiscriminatorSpec(DiscriminatorBase):
+    """One logit for a whole patch, VGG-style (Ledig et al., SRGAN, CVPR 2017); no batch normalisation."""
+
+    kind: Literal["srgan"] = "srgan"
+
+    @property
+    def min_size(self) -> int:
+        """Least height and width: one pixel must be left of them."""
+        return 16
+
+
+class PatchDiscriminatorSpec(DiscriminatorBase):
+    """A logit for each overlapping patch (Isola et al., pix2pix, CVPR 2017); no batch normalisation."""
+
+    kind: Literal["patch"] = "patch"
+    num_levels: int = Field(default=3, ge=1, le=6)
+    """How often height and width are halved; 3 judges patches of 70 pixels."""
+
+    @property
+    def min_size(self) -> int:
+        """Least height and width: two 4x4 convolutions follow on the reduced grid."""
+        return 3 * 2**self.num_levels
+
+
+class UnetDiscriminatorSpec(DiscriminatorBase):
+    """A logit for each pixel, from a U-Net (Wang et al., Real-ESRGAN, ICCVW 2021)."""
+
+    kind: Literal["unet"] = "unet"
+
+    @property
+    def min_size(self) -> int:
+        """Least height and width: they are halved three times."""
+        return 8
+
+
+DiscriminatorSpec = Annotated[
+    SrganDiscriminatorSpec | PatchDiscriminatorSpec | UnetDiscriminatorSpec, Field(discriminator="kind")
 ]
 
 
@@ -206,6 +382,8 @@ class Card(Frozen):
     colour: Literal["sRGB", "grey"] = "sRGB"
     sha256: str
     """Of `model.safetensors`, or of the imported checkpoint file."""
+    imported: bool = False
+    """Read from a public checkpoint file, so that its value range and colours are only assumed."""
     trained_for: Goal = "fidelity"
     teacher: TeacherRef | None = None
     """Of several, the first."""

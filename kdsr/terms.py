@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kdsr.spec import Frozen
+from kdsr.spec import DiscriminatorSpec, Frozen, UnetDiscriminatorSpec
 
 
 class Schedule(Frozen):
@@ -159,6 +159,27 @@ class UpcyclingTerm(TermConfig):
     """Of each of: inverted, mirrored, flipped, transposed."""
 
 
+class AdversarialTerm(TermConfig):
+    """Outputs that a discriminator, which learns beside the student, cannot tell from real ones.
+
+    For looks, not for PSNR: keep its weight at 0.001 to 0.01 beside a pixel term.
+    Sources: Ledig et al., SRGAN, CVPR 2017; Wang et al., ESRGAN, ECCVW 2018 (relativistic); Mescheder et
+    al., ICML 2018 (R1); Miyato et al., ICLR 2018 (spectral normalisation).
+    """
+
+    kind: Literal["adversarial"] = "adversarial"
+    real: Literal["hr", "teacher"] = "hr"
+    """What the discriminator takes for real."""
+    discriminator: DiscriminatorSpec = UnetDiscriminatorSpec()
+    loss: Literal["non_saturating", "hinge", "relativistic"] = "non_saturating"
+    r1: float = Field(default=0.0, ge=0)
+    """Weight of the squared gradient of the discriminator at real images; 10 is usual."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise, of 1 for the whole range, on all that is judged; it fades over the run."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Of the discriminator."""
+
+
 DistillTerm = Annotated[
     PixelTerm
     | OutputTerm
@@ -169,7 +190,8 @@ DistillTerm = Annotated[
     | VariationalTerm
     | CriticTerm
     | ContrastiveTerm
-    | UpcyclingTerm,
+    | UpcyclingTerm
+    | AdversarialTerm,
     Field(discriminator="kind"),
 ]
 
@@ -218,5 +240,15 @@ def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
     return terms
 
 
-TeacherTerms = Annotated[tuple[PixelTerm, ...], AfterValidator(_never_weightless)]
+def _against_hr(terms: Sequence[Schedule]) -> Sequence[Schedule]:
+    if any(isinstance(term, AdversarialTerm) and term.real != "hr" for term in terms):
+        raise ValueError("real is teacher, and there is none; set it to hr")
+    return terms
+
+
+TeacherTerms = Annotated[
+    tuple[Annotated[PixelTerm | AdversarialTerm, Field(discriminator="kind")], ...],
+    AfterValidator(_never_weightless),
+    AfterValidator(_against_hr),
+]
 DistillTerms = Annotated[tuple[DistillTerm, ...], AfterValidator(_never_weightless)]

@@ -35,9 +35,9 @@ from kdsr.models import build_model, fold, inherit_slice, inherit_weights, requi
 from kdsr.objectives import Ensemble, Objective, build_objective, needs_live_teacher, needs_teacher
 from kdsr.objectives.step import require_tap
 from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader
-from kdsr.spec import Card, ShardIndex, TeacherRef
+from kdsr.spec import Card, Goal, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
-from kdsr.terms import TappedTerm
+from kdsr.terms import AdversarialTerm, TappedTerm
 from kdsr.upscale import Upscaler
 from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic
 
@@ -98,6 +98,7 @@ def check(config: RunConfig) -> Inputs:
             f"{config.data.shards}: all {index.num_rows} rows are held out; make shards with a smaller "
             f"heldout_fraction"
         )
+    _check_patches(config)
     teachers = _check_teachers(config, index) if needs_teacher(config.terms) else ()
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
@@ -445,6 +446,7 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
         num_parameters=0,
         sha256="",
         colour="sRGB" if config.model.channels == 3 else "grey",
+        trained_for=_goal(config),
         teacher=inputs.teachers[0] if inputs.teachers else None,
         co_teachers=list(inputs.teachers[1:]),
         data=list(config.datasets) or [f"{config.data.shards} ({inputs.index.options.get('licence')})"],
@@ -456,6 +458,23 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
         metrics={"heldout_psnr_y": round(rows[-1]["heldout_psnr_y"], 3)} if rows else {},
     )
     return save_model(_run_store(config).child("model"), fold(model), card)
+
+
+def _goal(config: RunConfig) -> Goal:
+    """Whatever a run begins with, its last weights decide."""
+    looks = any(isinstance(term, AdversarialTerm) and term.at(1.0) > 0 for term in config.terms)
+    return "perception" if looks else "fidelity"
+
+
+def _check_patches(config: RunConfig) -> None:
+    """Raise RequestError for a discriminator that needs larger patches."""
+    side = config.data.patch_size * config.model.scale
+    for term in config.terms:
+        if isinstance(term, AdversarialTerm) and side < term.discriminator.min_size:
+            raise RequestError(
+                f"the {term.discriminator.kind} discriminator judges at least {term.discriminator.min_size} "
+                f"pixels a side, and HR patches have {side}; raise data.patch_size, or choose another"
+            )
 
 
 def _run_store(config: RunConfig) -> Store:

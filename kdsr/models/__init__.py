@@ -14,7 +14,11 @@ from kdsr.models.inherit import refit, require_slice, slice_weights
 from kdsr.models.mobile import Mobile
 from kdsr.models.multi_scale import MultiScale
 from kdsr.models.rep_chain import RepChain
+from kdsr.models.rrdbnet import Rrdbnet
 from kdsr.models.shuffle import Shuffle
+from kdsr.models.srresnet import Srresnet
+from kdsr.models.swin_light import SwinLight
+from kdsr.models.unet import Unet
 from kdsr.spec import (
     BicubicSpec,
     EdsrSpec,
@@ -25,7 +29,11 @@ from kdsr.spec import (
     ModelSpec,
     MultiScaleSpec,
     RepChainSpec,
+    RrdbnetSpec,
     ShuffleSpec,
+    SrresnetSpec,
+    SwinLightSpec,
+    UnetSpec,
 )
 
 __all__ = [
@@ -48,6 +56,10 @@ MODELS: Mapping[type[Frozen], type[SrModel]] = {
     MultiScaleSpec: MultiScale,
     FsrcnnSpec: Fsrcnn,
     EspcnSpec: Espcn,
+    SrresnetSpec: Srresnet,
+    RrdbnetSpec: Rrdbnet,
+    UnetSpec: Unet,
+    SwinLightSpec: SwinLight,
     BicubicSpec: Bicubic,
 }
 

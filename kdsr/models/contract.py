@@ -50,31 +50,72 @@ class Convolves(Protocol):
     radius: int
 
 
-def receptive_radius(layers: Iterable[nn.Module], scale: int) -> int:
+@runtime_checkable
+class Spans(Protocol):
+    """A module that says itself what it looks at."""
+
+    def span(self, low: int, high: int) -> tuple[int, int]:
+        """First and last row of its input that rows `low` to `high` of its output depend on."""
+        ...
+
+
+def receptive_radius(layers: Iterable[nn.Module], scale: int, *, multiple_of: int = 1) -> int:
     """LR radius of a network that runs `layers` one after the other and ends on the `scale` grid.
 
     Walks back from one LR pixel's block of outputs and keeps the interval of pixels it depends on, so
-    that convolutions behind a pixel shuffle count for what they are on the LR grid.
+    that convolutions behind a pixel shuffle count for what they are on the LR grid. Where the network has
+    a grid of its own, `multiple_of` LR pixels wide, the widest interval of all places in it counts.
     """
-    low, high = 0, scale - 1
-    for layer in reversed(list(_leaves(layers))):
+    leaves = list(_leaves(layers))
+    return max(_radius(leaves, scale, place) for place in range(multiple_of))
+
+
+def _radius(leaves: list[nn.Module], scale: int, place: int) -> int:
+    low, high = place * scale, place * scale + scale - 1
+    for layer in reversed(leaves):
         if isinstance(layer, Convolves):
             low, high = low - layer.radius, high + layer.radius
+        elif isinstance(layer, Spans):
+            low, high = layer.span(low, high)
+        elif isinstance(layer, nn.PixelUnshuffle):
+            factor = layer.downscale_factor
+            low, high = low * factor, high * factor + factor - 1
+        elif isinstance(layer, nn.Upsample):  # nearest
+            assert isinstance(layer.scale_factor, float)
+            low, high = low // int(layer.scale_factor), high // int(layer.scale_factor)
         elif isinstance(layer, nn.PixelShuffle):
             low, high = low // layer.upscale_factor, high // layer.upscale_factor
         elif isinstance(layer, nn.ConvTranspose2d):
             kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
             low, high = -((kernel - 1 - padding - low) // stride), (high + padding) // stride
+        elif isinstance(layer, nn.Conv2d) and layer.stride[0] > 1:
+            first = -int(layer.padding[0])
+            low, high = (
+                low * layer.stride[0] + first,
+                high * layer.stride[0] + first + layer.kernel_size[0] - 1,
+            )
         elif isinstance(layer, nn.Conv2d):
             reach = layer.dilation[0] * (layer.kernel_size[0] - 1) // 2
             low, high = low - reach, high + reach
-    return max(-low, high)
+    return max(place - low, high - place)
+
+
+def mirrored_up(lr: Tensor, *, multiple_of: int, min_size: int = 1) -> Tensor:
+    """`lr` (B, C, h, w) mirrored at the bottom and right, back and forth where that is not enough."""
+    for dim in (-2, -1):
+        side = lr.shape[dim]
+        accepted = max(min_size, side + -side % multiple_of)
+        if accepted > side:
+            period = max(1, 2 * (side - 1))
+            place = torch.arange(accepted, device=lr.device) % period
+            lr = lr.index_select(dim, torch.minimum(place, period - place))
+    return lr
 
 
 def _leaves(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
     for layer in layers:
         children = list(layer.children())
-        if isinstance(layer, Convolves) or not children:
+        if isinstance(layer, Convolves | Spans) or not children:
             yield layer
         else:
             yield from _leaves(children)

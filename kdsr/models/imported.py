@@ -1,4 +1,4 @@
-"""Public networks read from their own checkpoint files, through `spandrel` (an optional dependency).
+"""Public networks read from their own checkpoint files, most through `spandrel` (an optional dependency).
 
 A checkpoint is read as tensors only: no code in it is ever run.
 """
@@ -16,7 +16,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from kdsr.errors import CheckpointCorrupt, RequestError
-from kdsr.models.contract import SrModel
+from kdsr.models.contract import SrModel, mirrored_up
+from kdsr.models.rrdbnet import Rrdbnet, from_public
 from kdsr.spec import ImportedSpec
 
 # Networks with attention have no exact radius. Features this far away have not been seen to matter.
@@ -48,37 +49,54 @@ class Imported(SrModel):
 
 def _mirrored_up(lr: Tensor, spec: ImportedSpec) -> Tensor:
     """`lr` (B, C, h, w) mirrored at the bottom and right, back and forth where that is not enough."""
-    for dim in (-2, -1):
-        side = lr.shape[dim]
-        accepted = max(spec.min_size, side + -side % spec.multiple_of)
-        if accepted > side:
-            period = max(1, 2 * (side - 1))
-            place = torch.arange(accepted, device=lr.device) % period
-            lr = lr.index_select(dim, torch.minimum(place, period - place))
-    return lr
+    return mirrored_up(lr, multiple_of=spec.multiple_of, min_size=spec.min_size)
 
 
-def read_checkpoint(data: bytes, *, suffix: str, origin: str) -> Imported:
-    """The network in a public checkpoint file.
+def read_checkpoint(data: bytes, *, suffix: str, origin: str) -> Imported | Rrdbnet:
+    """The network in a public checkpoint file: kdsr's own where it has that architecture, or spandrel's.
 
-    Raises RequestError when spandrel is missing or does not know the architecture, CheckpointCorrupt when
-    the bytes hold anything but tensors, and RequestError for networks that do something else than upscale.
+    Raises RequestError when spandrel is needed and missing or does not know the architecture,
+    CheckpointCorrupt when the bytes hold anything but tensors, and RequestError for networks that do
+    something else than upscale.
     """
+    try:
+        tensors = _read_tensors(data, suffix)
+        own = from_public(_state_dict(tensors))
+    except Exception as error:  # readers of arbitrary bytes and of unexpected weights raise anything
+        raise _corrupt(origin, error) from error
+    return own.eval() if own is not None else _read_foreign(tensors, origin)
+
+
+def _read_foreign(tensors: Any, origin: str) -> Imported:
     spandrel = _import_spandrel()
     try:
-        tensors = spandrel.canonicalize_state_dict(_read_tensors(data, suffix))
-        descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(tensors)
+        descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(
+            spandrel.canonicalize_state_dict(tensors)
+        )
     except spandrel.UnsupportedModelError:
         raise RequestError(
             f"{origin}: no known architecture has these weights; spandrel's list of supported "
             f"architectures names what can be imported"
         ) from None
-    except Exception as error:  # readers of arbitrary bytes and of unexpected weights raise anything
-        raise CheckpointCorrupt(
-            f"{origin}: not a checkpoint of plain tensors ({type(error).__name__}); expected a state dict "
-            f"saved by torch.save or as safetensors, whole and without code"
-        ) from error
+    except Exception as error:  # as above
+        raise _corrupt(origin, error) from error
     return Imported(_spec(descriptor, origin), descriptor.model.eval())
+
+
+def _corrupt(origin: str, error: Exception) -> CheckpointCorrupt:
+    return CheckpointCorrupt(
+        f"{origin}: not a checkpoint of plain tensors ({type(error).__name__}); expected a state dict "
+        f"saved by torch.save or as safetensors, whole and without code"
+    )
+
+
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """The weights in what a training program wrote, without its wrapping; empty when there are none."""
+    for wrapping in ("params_ema", "params", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
+            content = content[wrapping]
+    named = content.items() if isinstance(content, dict) else ()
+    return {name: tensor for name, tensor in named if isinstance(name, str) and isinstance(tensor, Tensor)}
 
 
 def _read_tensors(data: bytes, suffix: str) -> Any:

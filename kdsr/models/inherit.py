@@ -55,7 +55,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tensor of the larger network each own one is cut out of, and which channels of a group are kept."""
+    """Which tensor of the larger network each own one is cut out of, and the channels that are kept."""
 
     origins: Mapping[str, str]
     axes: Mapping[str, Axes]

@@ -16,21 +16,24 @@ from kdsr.spec import MultiScaleSpec
 KERNEL_SIZES = (3, 5, 7)
 FIRST_SHARE = 0.5
 """Of its usual start that the last convolution of a branch has, so that many blocks in a row stay small."""
-SMALLEST_SQUARE = 1e-4
-"""Added to the mean square, so that a pixel without features is not divided by zero."""
+SMALLEST_VARIANCE = 1e-4
+"""Added to a pixel's variance, so that rounding is not blown up where all features are equal."""
 
 
 class PixelNorm(nn.Module):
-    """Each pixel's features divided by their root mean square, times a learned gain."""
+    """Each pixel's features without their mean, divided by their deviation, times a learned gain."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(num_features, 1, 1))
+        self.gain = nn.Parameter(torch.ones(num_features))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F, h, w) to the same."""
-        mean_square = features.square().mean(dim=1, keepdim=True)
-        return features * torch.rsqrt(mean_square + SMALLEST_SQUARE) * self.gain
+        # Sums are float32 inside in any case; autocast would copy all features there and back.
+        with torch.autocast(features.device.type, enabled=False):
+            gain = self.gain.to(features.dtype)
+            last = F.layer_norm(features.permute(0, 2, 3, 1), gain.shape, gain, eps=SMALLEST_VARIANCE)
+        return last.permute(0, 3, 1, 2)
 
 
 class MultiScaleDepthwise(nn.Module):

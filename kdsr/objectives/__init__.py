@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
+from kdsr.objectives.adversarial import AdversarialDistance
 from kdsr.objectives.balance import Balancer, build_balancer
 from kdsr.objectives.contrastive import ContrastiveDistance
 from kdsr.objectives.features import (
@@ -27,6 +28,7 @@ from kdsr.objectives.teachers import Ensemble
 from kdsr.objectives.upcycling import UpcyclingDistance
 from kdsr.pairs import PairBatch
 from kdsr.terms import (
+    AdversarialTerm,
     AffinityTerm,
     AttentionTerm,
     Balance,
@@ -67,6 +69,7 @@ TERMS: Mapping[type[TermConfig], type[Term]] = {
     CriticTerm: CriticBound,
     ContrastiveTerm: ContrastiveDistance,
     UpcyclingTerm: UpcyclingDistance,
+    AdversarialTerm: AdversarialDistance,
 }
 
 FIXED = FixedBalance()
@@ -169,7 +172,10 @@ def build_objective(
 
 def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
     """Whether any term looks at the teacher."""
-    return any(not isinstance(term, PixelTerm) for term in terms)
+    return any(
+        term.real == "teacher" if isinstance(term, AdversarialTerm) else not isinstance(term, PixelTerm)
+        for term in terms
+    )
 
 
 def needs_live_teacher(terms: Sequence[DistillTerm]) -> bool:

@@ -22,14 +22,8 @@ from kdsr.errors import CheckpointCorrupt, RequestError, StoreError, UnknownMode
 from kdsr.models import MODELS, build_model, fold, num_parameters
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, ImportedSpec, RepChainSpec, TeacherRef
 from kdsr.store import open_store
+from tests.small_networks import SMALL
 
-SMALL = {
-    "edsr": {"num_features": 8, "num_blocks": 1},
-    "rep_chain": {"num_features": 8, "num_layers": 3},
-    "fsrcnn": {"num_features": 8, "num_shrunk_features": 4, "num_mapping_layers": 1},
-    "espcn": {"num_features": 8},
-    "bicubic": {},
-}
 SPECS = [kind(scale=2, **SMALL[kind.model_fields["kind"].default]) for kind in MODELS]
 
 

@@ -229,7 +229,7 @@ def test_degradation_steps_keep_their_order_and_kinds():
     ],
 )
 def test_a_run_that_would_have_nothing_to_minimise_is_refused(terms, moment):
-    config = {**SMALLEST[TeacherTrainingConfig], "terms": terms}
+    config = {**SMALLEST[TeacherTrainingConfig], "terms": [{"kind": "pixel", **term} for term in terms]}
     if moment is None:
         TeacherTrainingConfig.model_validate(config)
         return

@@ -6,11 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from kdsr import config
 from kdsr.checkpoint import bundled_names, load_card
 from kdsr.cli import parse
+from kdsr.objectives import TERMS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,3 +81,18 @@ def test_the_table_of_models_in_the_readme_has_the_sizes_of_their_cards() -> Non
     for name in bundled_names():
         row = next(line for line in readme.splitlines() if line.startswith("|") and f"`{name}`" in line)
         assert f"{round(load_card(name).num_parameters / 1000)} K" in row
+
+
+def test_pieces_of_configs_on_the_page_of_distillation_are_accepted() -> None:
+    text = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    pieces = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    base = yaml.safe_load((ROOT / "jobs/configs/distill_x4.yaml").read_text(encoding="utf-8"))
+    assert len(pieces) >= 3
+    for piece in pieces:
+        config.DistillConfig.model_validate({**base, **yaml.safe_load(piece)})
+
+
+def test_the_page_of_distillation_tells_of_every_term() -> None:
+    text = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    kinds = {term.model_fields["kind"].default for term in TERMS}
+    assert kinds == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) - {"kind"}

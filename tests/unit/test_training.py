@@ -20,7 +20,7 @@ from kdsr.config import (
 )
 from kdsr.degrade import bicubic_lr
 from kdsr.errors import NonFiniteLoss, RequestError
-from kdsr.models import build_model, fold
+from kdsr.models import build_model, fold, inherit_slice
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, FsrcnnSpec, RepChainSpec, TeacherRef
 from kdsr.store import open_store
 from kdsr.terms import (
@@ -474,7 +474,41 @@ def test_a_bias_alone_is_no_beginning(shards, tmp_path):
         check(config_for(shards, tmp_path, init_from=uri, model=TEACHER))
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (EspcnSpec(scale=2, num_features=4), "expected a network of kind rep_chain, found espcn"),
+        (RepChainSpec(scale=2, num_features=4, num_layers=2), "num_layers 3 or more, found 2"),
+    ],
+)
+def test_a_slice_of_a_smaller_network_is_no_beginning(shards, tmp_path, spec, message):
+    uri = f"file://{tmp_path}/first"
+    saved_model(uri, spec)
+    with pytest.raises(RequestError, match=f"init_from {uri}: .*{message}"):
+        check(config_for(shards, tmp_path, init_from=uri, inherit="slice"))
+
+
 # ---------------------------------------------------------------- beginnings and teachers
+
+
+def test_a_network_begins_with_a_slice_of_a_larger_one(shards, tmp_path):
+    uri = f"file://{tmp_path}/large"
+    saved_model(uri, RepChainSpec(scale=2, num_features=8, num_layers=4), seed=5)
+    # With hardly any learning rate, what is exported is what the run began with.
+    config = config_for(
+        shards,
+        tmp_path,
+        init_from=uri,
+        inherit="slice",
+        num_steps=1,
+        num_validation_images=0,
+        optimizer=OptimizerConfig(learning_rate=1e-9, final_learning_rate=0, warmup_steps=0),
+    )
+    list(train(config))
+    expected = build_model(config.model)
+    inherit_slice(expected, load_model(uri).model)
+    for name, weight in fold(expected).state_dict().items():
+        assert torch.allclose(weights_of(config)[name], weight, atol=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["rep_chain", "edsr", "fsrcnn"])

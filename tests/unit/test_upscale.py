@@ -12,7 +12,21 @@ from kdsr.errors import DataError, ImageUnsupported, RequestError
 from kdsr.image import Image
 from kdsr.models import build_model
 from kdsr.models.contract import SrModel
-from kdsr.spec import BicubicSpec, EdsrSpec, EspcnSpec, FsrcnnSpec, ImportedSpec, RepChainSpec
+from kdsr.spec import (
+    BicubicSpec,
+    EdsrSpec,
+    EspcnSpec,
+    FsrcnnSpec,
+    ImportedSpec,
+    MobileSpec,
+    MultiScaleSpec,
+    RepChainSpec,
+    RrdbnetSpec,
+    ShuffleSpec,
+    SrresnetSpec,
+    SwinLightSpec,
+    UnetSpec,
+)
 from kdsr.upscale import (
     BLEED_LEVELS,
     BYTES_PER_OUTPUT_PIXEL,
@@ -28,6 +42,14 @@ SPECS = [
     EspcnSpec(scale=3, num_features=8),
     FsrcnnSpec(scale=4, num_features=8),
     RepChainSpec(scale=4, num_features=8, num_layers=4),
+    MobileSpec(scale=3, num_features=8, num_blocks=2),
+    ShuffleSpec(scale=2, num_features=8, num_blocks=3),
+    MultiScaleSpec(scale=4, num_features=8, num_blocks=2),
+    SrresnetSpec(scale=4, num_features=8, num_blocks=2),
+    RrdbnetSpec(scale=3, num_features=8, num_growth=4, num_blocks=1),
+    RrdbnetSpec(scale=2, num_features=8, num_growth=4, num_blocks=1, unshuffle=True),
+    UnetSpec(scale=3, num_features=4, num_levels=2),
+    SwinLightSpec(scale=2, num_features=8, num_heads=2, num_groups=1, num_blocks=2, window_size=4),
     BicubicSpec(scale=4),
 ]
 
@@ -78,7 +100,8 @@ def test_a_tile_with_full_halo_equals_the_whole_in_floats(spec):
     lr = torch.rand(1, 3, 50, 70)
     with torch.inference_mode():
         whole = model(lr)
-        for tile in plan(50, 70, tile_size=20, halo=model.receptive_radius):
+        grid = getattr(spec, "multiple_of", 1)
+        for tile in plan(50, 70, tile_size=20, halo=model.receptive_radius, multiple_of=grid):
             crop = model(lr[:, :, *tile.read.slices])
             core = crop[:, :, *tile.core.within(tile.read).scaled(spec.scale).slices]
             expected = whole[:, :, *tile.core.scaled(spec.scale).slices]

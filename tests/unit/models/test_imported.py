@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from safetensors.torch import save as save_safetensors
 
 from kdsr.checkpoint import LoadedModel, is_imported, load_card, load_model
 from kdsr.errors import CheckpointCorrupt, RequestError, UnknownModel
-from kdsr.models import imported
+from kdsr.models import build_model, imported
 from kdsr.models.imported import Imported, read_checkpoint
-from kdsr.spec import ImportedSpec
+from kdsr.spec import ImportedSpec, RrdbnetSpec
 from kdsr.validation import require_better_than_bicubic
 
 DATA = os.environ.get("KDSR_DATA")
@@ -113,6 +114,78 @@ def test_mirroring_goes_back_and_forth_without_repeating_the_edge():
     assert found[0, 0, 5].tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2, 1]
 
 
+# ---------------------------------------------------------------- RRDBNet, which needs no spandrel
+
+
+def rrdbnet(**fields):
+    torch.manual_seed(0)
+    return build_model(RrdbnetSpec(num_features=8, num_growth=4, num_blocks=2, **fields)).eval()
+
+
+def original(tensors):
+    """Under the names of the first published code, numbered."""
+    last = 3 * sum(name.startswith("conv_up") for name in tensors) // 2
+    names = {"conv_first": "model.0", "conv_body": "model.1.sub.2", "conv_up1": "model.3"}
+    names |= {"conv_up2": "model.6", "conv_hr": f"model.{last + 2}", "conv_last": f"model.{last + 4}"}
+    return {
+        _renamed(name, names, r"model.1.sub.\1.RDB\2.conv\3.0."): value for name, value in tensors.items()
+    }
+
+
+def later(tensors):
+    """Under the names of the same authors' second code."""
+    names = {"conv_body": "trunk_conv", "conv_up1": "upconv1", "conv_up2": "upconv2", "conv_hr": "HRconv"}
+    return {_renamed(name, names, r"RRDB_trunk.\1.RDB\2.conv\3."): value for name, value in tensors.items()}
+
+
+def _renamed(name, names, block):
+    layer, _, kind = name.rpartition(".")
+    return re.sub(r"^body\.(\d+)\.rdb(\d)\.conv(\d)\.", block, f"{names.get(layer, layer)}.{kind}")
+
+
+@pytest.mark.parametrize("names", [dict, later, original], ids=["common", "later", "original"])
+@pytest.mark.parametrize("wrapping", [None, "params", "params_ema", "module"])
+@pytest.mark.parametrize("fields", [{"scale": 4}, {"scale": 2}, {"scale": 2, "unshuffle": True}], ids=str)
+def test_an_rrdbnet_of_any_naming_becomes_our_own(monkeypatch, tmp_path, names, wrapping, fields):
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    theirs = rrdbnet(**fields)
+    tensors = names(theirs.state_dict())
+    if wrapping == "module":
+        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    elif wrapping is not None:
+        tensors = {wrapping: tensors}
+    (tmp_path / "esrgan.pth").write_bytes(dumped(tensors))
+    loaded = load_model(f"file://{tmp_path}/esrgan.pth")
+    assert loaded.model.spec == loaded.card.spec == theirs.spec
+    assert is_imported(loaded.card) and not loaded.model.training
+    lr = torch.rand(1, 3, 7, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(lr), theirs(lr))
+
+
+@pytest.mark.parametrize("fields", [{"scale": 4}, {"scale": 2, "unshuffle": True}], ids=str)
+def test_our_rrdbnet_draws_what_the_reference_draws(spandrel, fields):
+    # spandrel's reference always has a growth of 32.
+    spec = RrdbnetSpec(num_features=8, num_growth=32, num_blocks=2, **fields)
+    ours = build_model(spec).eval()
+    theirs = spandrel.ModelLoader().load_from_state_dict(dict(ours.state_dict())).model.eval()
+    lr = torch.rand(1, 3, 12, 16)
+    with torch.no_grad():
+        assert torch.allclose(ours(lr), theirs(lr), atol=1e-5)
+
+
+def test_an_rrdbnet_with_a_layer_of_another_size_is_refused():
+    tensors = rrdbnet(scale=4).state_dict()
+    tensors["conv_hr.weight"] = tensors["conv_hr.weight"][:, :3]
+    with pytest.raises(CheckpointCorrupt, match="file:///x: not a checkpoint of plain tensors"):
+        read(dumped(tensors))
+
+
+def test_half_precision_weights_are_read_as_float32():
+    tensors = {name: tensor.half() for name, tensor in rrdbnet(scale=4).state_dict().items()}
+    assert all(parameter.dtype == torch.float32 for parameter in read(dumped(tensors)).parameters())
+
+
 # ---------------------------------------------------------------- what cannot
 
 
@@ -197,7 +270,7 @@ def test_without_spandrel_the_way_to_install_it_is_named(monkeypatch):
     with pytest.raises(
         RequestError, match=r"public checkpoints need spandrel .* pip install --no-deps spandrel"
     ):
-        read(b"")
+        read(dumped({"made.up.weight": torch.zeros(3)}))
 
 
 # ---------------------------------------------------------------- the stand-in for torchvision

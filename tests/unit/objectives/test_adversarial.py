@@ -1,0 +1,117 @@
+"""A student and its opponent: who moves whom, and that both come back from a checkpoint."""
+
+import copy
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from kdsr.config import OptimizerConfig
+from kdsr.fit import fit, new_state
+from kdsr.models import build_model
+from kdsr.objectives import build_objective, needs_teacher
+from kdsr.objectives.adversarial import relativistic, squared_gradient
+from kdsr.pairs import Cursor, PairBatch
+from kdsr.spec import EspcnSpec
+from kdsr.terms import AdversarialTerm, DistillTerms, PixelTerm, TeacherTerms
+
+SPEC = EspcnSpec(scale=2, num_features=8)
+LOSSES = ["non_saturating", "hinge", "relativistic"]
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def term(**fields):
+    small = {"kind": "patch", "num_features": 8, "num_levels": 1}
+    return TypeAdapter(AdversarialTerm).validate_python({"discriminator": small, **fields})
+
+
+def start(terms, seed=0):
+    torch.manual_seed(seed)
+    student = build_model(SPEC)
+    objective = build_objective(student, terms, scale=2)
+    state = new_state(student, OptimizerConfig(learning_rate=1e-3, warmup_steps=0), num_steps=40)
+    state.train_too(objective)
+    return state, objective
+
+
+def train(state, objective, until_step, pair):
+    steps = iter([(pair, Cursor())] * until_step)
+    return list(fit(state, objective, steps, until_step=until_step, after_step=objective.after_step))
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(7)
+    hr = torch.rand(4, 3, 32, 32)
+    return PairBatch(lr=torch.nn.functional.avg_pool2d(hr, 2), hr=hr)
+
+
+@each_loss
+def test_the_student_is_pulled_and_the_discriminator_moves_only_in_its_own_step(loss, pair):
+    state, objective = start([term(loss=loss)])
+    judge = objective.terms[f"adversarial_{loss}"].discriminator
+    before = copy.deepcopy(judge.state_dict())
+    sum(objective(pair).values()).backward()
+    assert all(parameter.grad is not None for parameter in state.model.parameters())
+    assert all(parameter.grad is None for parameter in judge.parameters())
+    state.optimizer.step()
+    assert len(state.optimizer.param_groups) == 1
+    weights = [name for name in before if "weight" in name and "_u" not in name and "_v" not in name]
+    assert all(torch.equal(before[name], judge.state_dict()[name]) for name in weights)
+    objective.after_step()
+    after = judge.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in weights)
+
+
+@each_loss
+def test_against_a_student_that_stands_still_the_discriminator_learns_to_tell(loss, pair):
+    _, objective = start([term(loss=loss, learning_rate=2e-3)])
+    told = []
+    for _ in range(60):
+        objective(pair)
+        told.append(objective.after_step())
+    name = f"adversarial_{loss}/discriminator"
+    assert sum(t[name] for t in told[-5:]) < 0.8 * sum(t[name] for t in told[:5])
+
+
+def test_r1_is_the_squared_gradient_at_real_images():
+    images = torch.rand(3, 1, 4, 4, requires_grad=True)
+    logits = (images * 2).flatten(1).sum(dim=1)
+    assert squared_gradient(logits, images).item() == pytest.approx(4 * 16)
+    pair = PairBatch(lr=torch.rand(2, 3, 16, 16), hr=torch.rand(2, 3, 32, 32))
+    values = []
+    for r1 in (0.0, 10.0):
+        _, objective = start([term(r1=r1)])
+        objective(pair)
+        values.append(objective.after_step()["adversarial_non_saturating/discriminator"])
+    assert values[1] > values[0]
+
+
+def test_relativistic_compares_with_the_mean_of_the_other_side():
+    high, low = torch.full((2, 1, 1, 1), 4.0), torch.full((2, 1, 1, 1), -4.0)
+    assert relativistic(high, low) < 0.01
+    assert relativistic(low, high) > 4
+
+
+def test_both_go_on_from_a_saved_state(pair):
+    terms = [PixelTerm(), term(weight=0.1)]
+    whole, objective = start(terms)
+    train(whole, objective, 6, pair)
+    first, objective = start(terms)
+    train(first, objective, 3, pair)
+    saved = copy.deepcopy(first.state_dict())
+    second, objective = start(terms, seed=1)
+    second.load_state_dict(saved)
+    train(second, objective, 6, pair)
+    for mine, theirs in ((second.model, whole.model), (second.auxiliary, whole.auxiliary)):
+        pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def test_only_a_term_against_the_teacher_needs_one_and_teachers_are_trained_against_hr():
+    assert not needs_teacher([PixelTerm(), term()])
+    assert needs_teacher([term(real="teacher")])
+    TypeAdapter(DistillTerms).validate_python([{"kind": "adversarial", "real": "teacher"}])
+    TypeAdapter(TeacherTerms).validate_python([{"kind": "adversarial"}])
+    with pytest.raises(ValidationError, match="real is teacher, and there is none"):
+        TypeAdapter(TeacherTerms).validate_python([{"kind": "adversarial", "real": "teacher"}])
