@@ -42,7 +42,7 @@ class Fixed(Balancer):
 
 
 class ByGradient(Balancer):
-    """See `GradientBalance`. All workers take the mean of what each of them finds."""
+    """See `GradientBalance`. All workers find the same."""
 
     found: Tensor
     steps: Tensor
@@ -82,32 +82,26 @@ class ByGradient(Balancer):
             if name not in values:
                 continue
             gradient = self._gradient(values[name])
-            sums = torch.stack(
-                [reference.square().sum(), gradient.square().sum(), (reference * gradient).sum()]
-            )
-            pull, norm, agreement = _over_workers(sums).tolist()
-            factor = self._config.share * (pull / max(norm, TINY)) ** 0.5
-            if self._config.gate and agreement <= 0:
+            factor = self._config.share * (reference.norm() / gradient.norm().clamp(min=TINY)).item()
+            if self._config.gate and torch.dot(reference, gradient) <= 0:
                 factor = 0.0
             before, kept = float(self.found[place]), self._config.memory
             self.found[place] = factor if math.isnan(before) else kept * before + (1 - kept) * factor
 
     def _gradient(self, value: Tensor) -> Tensor:
-        """Of the student's parameters, in one row."""
+        """Of the student's parameters, in one row: the mean over all workers, as the optimiser sees it."""
         parameters = [parameter for parameter in self._student[0].parameters() if parameter.requires_grad]
         found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        return torch.cat(
+        row = torch.cat(
             [
                 (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()
                 for parameter, gradient in zip(parameters, found, strict=True)
             ]
         )
-
-
-def _over_workers(sums: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(row)
+            row /= torch.distributed.get_world_size()
+        return row
 
 
 class ByUncertainty(Balancer):

@@ -9,17 +9,21 @@ import torch
 
 from cluster.shard import shard
 from cluster.train import run
-from kdsr.checkpoint import load_model
+from kdsr.checkpoint import StateStore, load_model, save_model
 from kdsr.config import (
     ClusterConfig,
     DataConfig,
+    DistillConfig,
     OptimizerConfig,
-    PixelTerm,
     ShardConfig,
+    TeacherConfig,
     TeacherTrainingConfig,
 )
 from kdsr.errors import NonFiniteLoss, RequestError
-from kdsr.spec import EspcnSpec
+from kdsr.models import build_model
+from kdsr.spec import Card, EdsrSpec, EspcnSpec, PatchDiscriminatorSpec
+from kdsr.store import open_store
+from kdsr.terms import AdversarialTerm, GradientBalance, PixelTerm, TapPair, VariationalTerm
 from kdsr.training import train
 from tests.pictures import write_photographs
 
@@ -61,6 +65,46 @@ def test_two_workers_take_the_steps_of_one_with_all_patches(shards: str, tmp_pat
     assert card.metrics["heldout_psnr_y"] > 0 and "default_worker" not in card.command
     rows = [json.loads(line) for line in (tmp_path / "two/run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
+
+
+def test_what_learns_beside_the_student_learns_alike_on_two_workers(shards: str, tmp_path: Path) -> None:
+    """Projections, balancer and discriminator too take the steps of one worker with all patches."""
+    torch.manual_seed(0)
+    spec = EdsrSpec(scale=2, num_features=4, num_blocks=1)
+    card = Card(name="big", spec=spec, num_parameters=0, sha256="")
+    save_model(open_store(f"file://{tmp_path}/big"), build_model(spec).eval(), card)
+    terms = (
+        PixelTerm(),
+        VariationalTerm(weight=0.1, taps=(TapPair(student="body.1", teacher="trunk"),)),
+        AdversarialTerm(weight=0.01, discriminator=PatchDiscriminatorSpec(num_features=4, num_levels=1)),
+    )
+    base = config_for(shards, tmp_path).model_dump(exclude={"model", "terms", "output", "cluster"})
+    fields = {
+        **base,
+        "student": EspcnSpec(scale=2, num_features=8),
+        "terms": terms,
+        "num_validation_images": 0,
+    }
+    fields |= {
+        "teacher": TeacherConfig(uri=f"file://{tmp_path}/big"),
+        "balance": GradientBalance(every_steps=2),
+    }
+    two = DistillConfig(
+        **fields, output=str(tmp_path / "two"), cluster=ClusterConfig(num_workers=2, max_failures=0)
+    )
+    one = DistillConfig(**fields, output=str(tmp_path / "one"))
+    run(two)
+    list(train(one))
+    ours, theirs = (
+        StateStore(open_store(f"file://{tmp_path}/{name}/run")).load("latest") for name in ("two", "one")
+    )
+    assert ours is not None and theirs is not None
+    names = {name for name, value in theirs["auxiliary"].items() if isinstance(value, torch.Tensor)}
+    assert any("variational" in name for name in names) and any("discriminator" in name for name in names)
+    for part in ("model", "auxiliary"):
+        for name, tensor in theirs[part].items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.allclose(ours[part][name], tensor, atol=1e-3), (part, name)
 
 
 def test_an_error_of_the_run_itself_arrives_as_ours(shards: str, tmp_path: Path) -> None:
