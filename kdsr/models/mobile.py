@@ -6,8 +6,7 @@ Without normalisation, which costs super-resolution its contrast (Lim et al., ED
 import torch
 from torch import Tensor, nn
 
-from kdsr.degrade import bicubic_upscale
-from kdsr.models.contract import SrModel, receptive_radius
+from kdsr.models.over_bicubic import OverBicubic
 from kdsr.spec import MobileSpec
 
 NEGATIVE_SLOPE = 0.1
@@ -35,36 +34,12 @@ class InvertedResidual(nn.Module):
         return features + self.project(hidden)
 
 
-class Mobile(SrModel):
-    """Inverted residuals on the LR grid, pixel shuffle, residual over the bicubic input. See `MobileSpec`.
-
-    The tail starts at zero, so that an untrained network is bicubic interpolation.
-    """
+class Mobile(OverBicubic):
+    """Inverted residuals. See `MobileSpec`."""
 
     spec: MobileSpec
 
     def __init__(self, spec: MobileSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        width = spec.num_features
-        self.head = nn.Conv2d(spec.channels, width, 3, padding=1)
-        self.blocks = nn.Sequential(
-            *(InvertedResidual(width, spec.expansion) for _ in range(spec.num_blocks))
+        super().__init__(
+            spec, (InvertedResidual(spec.num_features, spec.expansion) for _ in range(spec.num_blocks))
         )
-        self.tail = nn.Conv2d(width, spec.channels * spec.scale**2, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(spec.scale)
-        nn.init.zeros_(self.tail.weight)
-        nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
-
-    @property
-    def receptive_radius(self) -> int:
-        """One pixel for the head, for each block and for the tail."""
-        return receptive_radius([self.head, self.blocks, self.tail, self.shuffle], self.spec.scale)
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """See `SrModel`."""
-        self.check_channels(lr)
-        # The residual keeps the 8 bits of its input, which bfloat16 does not.
-        with torch.autocast(lr.device.type, enabled=False):
-            upscaled = bicubic_upscale(lr, self.spec.scale)
-        return self.shuffle(self.tail(self.blocks(self.head(lr)))) + upscaled

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdsr.degrade import bicubic_upscale
-from kdsr.models.contract import SrModel, receptive_radius
+from kdsr.models.over_bicubic import OverBicubic
 from kdsr.spec import MultiScaleSpec
 
 KERNEL_SIZES = (3, 5, 7)
@@ -112,38 +111,17 @@ class MultiScaleBlock(nn.Module):
         return features + self.mixing(self.norm2(features))
 
 
-class MultiScale(SrModel):
-    """Blocks on the LR grid with a long residual, pixel shuffle, residual over the bicubic input.
-
-    See `MultiScaleSpec`. The tail starts at zero, so that an untrained network is bicubic interpolation.
-    """
+class MultiScale(OverBicubic):
+    """Blocks with a long residual. See `MultiScaleSpec`."""
 
     spec: MultiScaleSpec
 
     def __init__(self, spec: MultiScaleSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        width = spec.num_features
-        self.head = nn.Conv2d(spec.channels, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(MultiScaleBlock(width) for _ in range(spec.num_blocks)))
-        self.tail = nn.Conv2d(width, spec.channels * spec.scale**2, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(spec.scale)
-        nn.init.zeros_(self.tail.weight)
-        nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
+        super().__init__(spec, (MultiScaleBlock(spec.num_features) for _ in range(spec.num_blocks)))
 
-    @property
-    def receptive_radius(self) -> int:
-        """Four pixels a block, one for the head and one for the tail."""
-        return receptive_radius([self.head, self.blocks, self.tail, self.shuffle], self.spec.scale)
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """See `SrModel`."""
-        self.check_channels(lr)
-        # The residual keeps the 8 bits of its input, which bfloat16 does not.
-        with torch.autocast(lr.device.type, enabled=False):
-            upscaled = bicubic_upscale(lr, self.spec.scale)
-        shallow = self.head(lr)
-        return self.shuffle(self.tail(shallow + self.blocks(shallow))) + upscaled
+    def body(self, shallow: Tensor) -> Tensor:
+        """See `OverBicubic`."""
+        return shallow + super().body(shallow)
 
 
 def kernel_widths(num_features: int) -> list[int]:
