@@ -29,6 +29,7 @@ from kdsr.spec import RepChainSpec
 
 def run(config: DemoConfig) -> int:
     """Run every step, then print the table and where the comparison picture is."""
+    from cluster import session
     from cluster.bulk import upscale
     from cluster.shard import shard
     from cluster.train import run as train
@@ -37,6 +38,8 @@ def run(config: DemoConfig) -> int:
     from kdsr.store import open_store
 
     store = open_store(config.output, config.store)
+    # Training needs Ray's dashboard, and the first part of a process decides.
+    session.connect(config.cluster, dashboard=True)
     print(shard(shard_config(config)).sentence())
     for each in (distil_config(config), alone_config(config)):
         print(f"trained {train(each).name} for {each.num_steps} steps")
