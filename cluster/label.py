@@ -8,7 +8,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from cluster import session
-from kdsr.checkpoint import is_imported, load_model, require_teacher_spec
+from kdsr.checkpoint import load_model, require_teacher_spec
 from kdsr.config import LabelConfig
 from kdsr.engine import Engine
 from kdsr.errors import KdsrError
@@ -28,8 +28,7 @@ def label(config: LabelConfig) -> ShardIndex:
     index = read_index(open_store(config.shards, config.store))
     teacher = load_model(config.teacher.uri, config.store)
     require_teacher_spec(teacher.card, scale=teacher.card.spec.scale, channels=3)
-    if is_imported(teacher.card):
-        require_better_than_bicubic(teacher)
+    require_better_than_bicubic(teacher, trained_for=config.teacher.trained_for, force=config.teacher.force)
     session.connect(config.cluster)
     session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
     session.leave_terminal_to_our_bar()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from kdsr.spec import Frozen, Goal, TrainableSpec
-from kdsr.terms import Balance, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
+from kdsr.terms import Balance, CriticTerm, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
 
 
 def absolute_uri(uri: str) -> str:
@@ -226,6 +226,10 @@ class OptimizerConfig(Frozen):
     warmup_steps: int = Field(default=100, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
+    """Pull of kernels and matrices to zero: apart from the gradient with adamw, as part of it with adam.
+
+    Biases and gains do not decay, nor what is trained beside the network.
+    """
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; not clipped when not set."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
@@ -247,6 +251,8 @@ class TrainingConfig(Frozen):
     balance: Balance = FixedBalance()
     """What keeps several terms in balance."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of channels dropped before the last convolution in training; against over-fitting."""
     num_steps: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=16, ge=1)
     """Patches in one step, over all workers together."""
@@ -257,7 +263,7 @@ class TrainingConfig(Frozen):
     save_every_steps: int = Field(default=500, ge=1)
     validate_every_steps: int = Field(default=1000, ge=1)
     num_validation_images: int = Field(default=16, ge=0)
-    """Held-out sub-images that pick the best checkpoint; 0 turns validation off."""
+    """Held-out sub-images that pick the best checkpoint, and trained ones beside them; 0 turns both off."""
     licence: str = "unknown"
     """Terms of the trained weights, for the model card."""
     datasets: tuple[str, ...] = ()
@@ -291,6 +297,8 @@ class TeacherConfig(Frozen):
     """Terms of the teacher's weights, where it has no card that names them; kept in the student's card."""
     trained_for: Goal | None = None
     """What it was trained for, where it has no card that says so; needed beside other teachers."""
+    force: bool = False
+    """Learn from it although it is no better than bicubic on the test photograph."""
 
 
 class MixConfig(Frozen):
@@ -324,6 +332,17 @@ class DistillConfig(TrainingConfig):
     def model(self) -> TrainableSpec:
         """The network that is trained."""
         return self.student
+
+    @model_validator(mode="after")
+    def _critics_see_strangers(self) -> Self:
+        patches = self.batch_size // self.cluster.num_workers
+        for term in self.terms:
+            if isinstance(term, CriticTerm) and patches * term.positions < 2:
+                raise ValueError(
+                    f"a critic tells features of one place from those of others, and 1 position in 1 patch "
+                    f"a worker leaves no other; raise its positions, or batch_size {self.batch_size}"
+                )
+        return self
 
 
 class LabelConfig(Frozen):

@@ -17,7 +17,7 @@ from kdsr.config import OptimizerConfig
 from kdsr.errors import NonFiniteLoss
 from kdsr.models import SrModel
 from kdsr.objectives import Losses
-from kdsr.pairs import Cursor, PairBatch
+from kdsr.pairs import Cursor, PairBatch, mixed_seed
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class TrainState:
     cursor: Cursor = field(default_factory=Cursor)
 
     def train_too(self, auxiliary: nn.Module) -> None:
-        """Train the parameters of `auxiliary` with those of the network, and save its state with theirs."""
+        """Train the parameters of `auxiliary` with those of the network, and save its state with theirs.
+
+        They never decay.
+        """
         parameters = [parameter for parameter in auxiliary.parameters() if parameter.requires_grad]
         if parameters:
             self.optimizer.add_param_group({"params": parameters})
@@ -90,16 +93,27 @@ class TrainState:
 
 
 def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> TrainState:
-    """A run that has not begun."""
+    """A run that has not begun. Weight decay is for kernels and matrices of `model`, and nothing else."""
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     optimizer = kind(
-        model.parameters(),
+        _groups(model, config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
-        weight_decay=config.weight_decay,
+        weight_decay=0.0,
         foreach=True,
     )
     return TrainState(model, optimizer, copy.deepcopy(model).eval(), config, num_steps)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters that decay, and those that do not: biases, gains, slopes, and biases of positions."""
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        shapes = weight_decay > 0 and parameter.dim() > 1 and "bias" not in name.rpartition(".")[-1]
+        (decaying if shapes else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": weight_decay}, {"params": others}]
+    return [group for group in groups if group["params"]]
 
 
 def fit(
@@ -108,11 +122,14 @@ def fit(
     batches: Iterator[tuple[PairBatch, Cursor]],
     *,
     until_step: int,
+    seed: int = 0,
     autocast: torch.dtype | None = None,
     after_step: Callable[[], dict[str, float]] = dict,
 ) -> Iterator[StepReport]:
     """Train until `until_step`, one report a step. `state` is current whenever a report is handed over.
 
+    What a step draws from torch's generators follows from `seed` and its number alone, so that a run that
+    goes on draws what it would have drawn; give each worker a `seed` of its own.
     `autocast` is the type of the forward pass; None leaves it in float32. `after_step` is called when the
     weights have moved, and what it returns is reported. Raises NonFiniteLoss, before the weights are
     touched, when a term or the gradient is NaN or infinite.
@@ -120,6 +137,7 @@ def fit(
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     while state.step < until_step:
         begin = time.perf_counter()
+        torch.manual_seed(mixed_seed(seed, state.step))
         pair, cursor = next(batches)
         arrived = time.perf_counter()
         pair = replace(pair, progress=state.step / state.num_steps)
@@ -188,10 +206,15 @@ def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> float:
 
 @torch.no_grad()
 def _update_ema(state: TrainState) -> None:
-    """Exponential mean of the weights, shorter at the start so that it does not remember the first ones."""
+    """Exponential mean of the weights, shorter at the start so that it does not remember the first ones.
+
+    Buffers are not weights (means of statistics, counts, tables) and are taken as they are.
+    """
     decay = min(state.config.ema_decay, (1 + state.step) / (10 + state.step))
     if state.config.ema_decay == 0:
         decay = 0.0
     means: list[Tensor] = list(state.ema.parameters())
     weights: list[Tensor] = list(state.model.parameters())
     torch._foreach_lerp_(means, weights, 1 - decay)
+    for kept, current in zip(state.ema.buffers(), state.model.buffers(), strict=True):
+        kept.copy_(current)

@@ -128,7 +128,7 @@ class PatchReader:
             step = [next(stream) for _ in range(self.batch_size)]
             own = [patch for patch, _ in step if patch is not None]
             cursor = step[-1][1]
-            yield _collate(own, cursor, seed=_mix(self.seed, *cursor, self.rank))
+            yield _collate(own, cursor, seed=mixed_seed(self.seed, *cursor, self.rank))
 
     def _patches(self, start: Cursor) -> Iterator[tuple[_Pixels | None, Cursor]]:
         """All patches from `start` in the global order; those of other ranks as None.
@@ -240,7 +240,7 @@ def _collate(pixels: list[_Pixels], cursor: Cursor, *, seed: int) -> PatchBatch:
     )
 
 
-def _mix(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 

@@ -30,6 +30,8 @@ class Schedule(Frozen):
         begin, end = self.ramp
         if not 0 <= begin <= end <= 1:
             raise ValueError(f"ramp must run forward within 0..1, found {begin}..{end}")
+        if self.final_weight is None and self.ramp != (0.0, 1.0):
+            raise ValueError("a ramp leads to final_weight, which is not set; set it, or leave ramp out")
         return self
 
 
@@ -144,6 +146,13 @@ class ContrastiveTerm(TermConfig):
     num_features: int = Field(default=32, ge=1)
     """Width of each of the space's three layers."""
 
+    @model_validator(mode="after")
+    def _noise_runs_up(self) -> Self:
+        least, most = self.noise
+        if not 0 <= least <= most or most == 0:
+            raise ValueError(f"noise must run upwards from 0 or more, found {least:g}..{most:g}")
+        return self
+
 
 class UpcyclingTerm(TermConfig):
     """More pairs from the same images: HR as another input (zoom-in), LR as another target (zoom-out).
@@ -157,6 +166,12 @@ class UpcyclingTerm(TermConfig):
     zoom_out: bool = True
     probability: float = Field(default=0.5, ge=0, le=1)
     """Of each of: inverted, mirrored, flipped, transposed."""
+
+    @model_validator(mode="after")
+    def _zooms_somewhere(self) -> Self:
+        if not (self.zoom_in or self.zoom_out):
+            raise ValueError("neither zoom_in nor zoom_out is true; there is nothing to minimise")
+        return self
 
 
 class AdversarialTerm(TermConfig):

@@ -31,15 +31,15 @@ from kdsr.degrade import build_degradation
 from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
-from kdsr.models import build_model, fold, inherit_slice, inherit_weights, require_slice
+from kdsr.models import build_model, drop_channels, fold, inherit_slice, inherit_weights, require_slice
 from kdsr.objectives import Ensemble, Objective, build_objective, needs_live_teacher, needs_teacher
-from kdsr.objectives.step import require_tap
-from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader
+from kdsr.objectives.step import Taps, require_tap
+from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader, mixed_seed
 from kdsr.spec import Card, Goal, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
-from kdsr.terms import AdversarialTerm, TappedTerm
+from kdsr.terms import AdversarialTerm, GradientBalance, PixelTerm, TappedTerm
 from kdsr.upscale import Upscaler
-from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic
+from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic, training_pairs
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ class Inputs:
 def check(config: RunConfig) -> Inputs:
     """Refuse what cannot work, before any worker starts.
 
-    Raises RequestError for shards that are not complete, for a teacher of another scale or other channels,
-    for stored outputs of another teacher or another LR, for a network that cannot begin from `init_from`,
-    and for a run of this name with other settings.
+    Raises RequestError for shards that are not complete, for a teacher of another scale or other channels or
+    none the better than bicubic, for taps that do not exist, for stored outputs of another teacher or another
+    LR, for a network that cannot begin from `init_from`, and for a run of this name with other settings.
     """
     index = shards.read_index(open_store(config.data.shards, config.store))
     if index.num_rows == index.num_heldout_rows:
@@ -99,6 +99,7 @@ def check(config: RunConfig) -> Inputs:
             f"heldout_fraction"
         )
     _check_patches(config)
+    _check_balance(config)
     teachers = _check_teachers(config, index) if needs_teacher(config.terms) else ()
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
@@ -143,6 +144,7 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
         objective,
         _pairs(config, inputs, state.cursor, worker),
         until_step=config.num_steps,
+        seed=mixed_seed(config.seed, worker.rank),
         autocast=autocast_type(config.precision, worker.device),
         after_step=objective.after_step,
     )
@@ -162,7 +164,7 @@ def _consume(
     reports: Iterator[StepReport],
     states: StateStore,
     history: "History",
-    validate: Callable[[TrainState], float] | None,
+    validate: Callable[[TrainState], dict[str, float]] | None,
 ) -> Iterator[Progress]:
     """Log, validate and save at the steps that `config` names, and at the last."""
     recent: list[StepReport] = []
@@ -174,7 +176,7 @@ def _consume(
             metrics = _summarise(recent, worker.world_size)
             recent = []
         if validate and (last or report.step % config.validate_every_steps == 0):
-            metrics["heldout_psnr_y"] = validate(state)
+            metrics |= validate(state)
         if metrics and worker.rank == 0:
             history.add(report.step, metrics)
         is_best = "heldout_psnr_y" in metrics and history.best_step() == report.step
@@ -233,7 +235,9 @@ def _start(config: RunConfig, device: torch.device) -> TrainState:
             )
         log.info("took %d layers from %s", taken, config.init_from)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return new_state(model.train(), config.optimizer, num_steps=config.num_steps)
+    state = new_state(model.train(), config.optimizer, num_steps=config.num_steps)
+    drop_channels(state.model, config.dropout)
+    return state
 
 
 def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Worker) -> Objective:
@@ -279,13 +283,31 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
     if index.teacher is not None:
         _check_stored_outputs(config, index.teacher, cards)
     _check_taps(config, cards[0])
-    for teacher, card in zip(config.teachers, cards, strict=True):
-        if is_imported(card):
-            require_better_than_bicubic(load_model(teacher.uri, config.store))
+    if index.teacher is None or needs_live_teacher(config.terms):
+        _check_networks(config)
     return tuple(
         TeacherRef(name=card.name, sha256=card.sha256, licence=teacher.licence or card.licence)
         for teacher, card in zip(config.teachers, cards, strict=True)
     )
+
+
+def _check_networks(config: DistillConfig) -> None:
+    """Raise RequestError for a teacher that teaches nothing, or whose features cannot be read where asked.
+
+    Where only its stored outputs are used, labelling has tried it.
+    """
+    names = [pair.teacher for term in config.terms if isinstance(term, TappedTerm) for pair in term.taps]
+    for number, teacher in enumerate(config.teachers):
+        loaded = load_model(teacher.uri, config.store)
+        require_better_than_bicubic(
+            loaded,
+            degradation=config.data.degradation,
+            trained_for=teacher.trained_for,
+            force=teacher.force,
+        )
+        if number == 0:
+            taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
+            taps.widths(config.student.channels)
 
 
 def _check_stored_outputs(config: DistillConfig, stored: TeacherRef, cards: Sequence[Card]) -> None:
@@ -365,21 +387,27 @@ def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn
     return teacher.requires_grad_(False).to(device)
 
 
-def _validator(config: RunConfig, index: ShardIndex, worker: Worker) -> Callable[[TrainState], float] | None:
+def _validator(
+    config: RunConfig, index: ShardIndex, worker: Worker
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Measures the mean network on images that were held out, and on as many that are trained on."""
     if config.num_validation_images == 0 or index.num_heldout_rows == 0:
         return None
-    pairs = heldout_pairs(
-        open_store(config.data.shards, config.store),
-        index,
-        degrade=build_degradation(config.data.degradation, config.model.scale),
-        scale=config.model.scale,
-        channels=config.model.channels,
-        limit=config.num_validation_images,
-    )
+    sets = {
+        name: find(
+            open_store(config.data.shards, config.store),
+            index,
+            degrade=build_degradation(config.data.degradation, config.model.scale),
+            scale=config.model.scale,
+            channels=config.model.channels,
+            limit=config.num_validation_images,
+        )
+        for name, find in (("heldout_psnr_y", heldout_pairs), ("train_psnr_y", training_pairs))
+    }
 
-    def validate(state: TrainState) -> float:
-        upscaler = Upscaler(Engine(fold(state.ema), device=str(worker.device)))
-        return mean_psnr_y(upscaler.upscale, pairs, border=config.model.scale)
+    def validate(state: TrainState) -> dict[str, float]:
+        upscale = Upscaler(Engine(fold(state.ema), device=str(worker.device))).upscale
+        return {name: mean_psnr_y(upscale, pairs, border=config.model.scale) for name, pairs in sets.items()}
 
     return validate
 
@@ -475,6 +503,17 @@ def _check_patches(config: RunConfig) -> None:
                 f"the {term.discriminator.kind} discriminator judges at least {term.discriminator.min_size} "
                 f"pixels a side, and HR patches have {side}; raise data.patch_size, or choose another"
             )
+
+
+def _check_balance(config: RunConfig) -> None:
+    """Raise RequestError for a balance with nothing to measure the other terms against."""
+    if isinstance(config.balance, GradientBalance) and not any(
+        isinstance(term, PixelTerm) for term in config.terms
+    ):
+        raise RequestError(
+            "balance gradient measures each term against those of kind pixel, and terms have none; add one, "
+            "or set balance.kind to fixed"
+        )
 
 
 def _run_store(config: RunConfig) -> Store:

@@ -7,6 +7,7 @@ from torch import nn
 from kdsr.models.before_shuffle import BeforeShuffle
 from kdsr.models.bicubic import Bicubic
 from kdsr.models.contract import SrModel
+from kdsr.models.dropout import drop_channels
 from kdsr.models.edsr import Edsr
 from kdsr.models.espcn import Espcn
 from kdsr.models.fsrcnn import Fsrcnn
@@ -41,6 +42,7 @@ __all__ = [
     "BeforeShuffle",
     "SrModel",
     "build_model",
+    "drop_channels",
     "fold",
     "inherit_slice",
     "inherit_weights",

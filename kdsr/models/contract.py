@@ -26,6 +26,13 @@ class SrModel(nn.Module, ABC):
     def forward(self, lr: Tensor) -> Tensor:
         """Upscale `lr`."""
 
+    @property
+    def last_convolution(self) -> nn.Module | None:
+        """What makes the output from the last features: the convolution that was registered last, if any."""
+        kinds = (nn.Conv2d, nn.ConvTranspose2d, Convolves)
+        found = [module for module in self.modules() if isinstance(module, kinds)]
+        return found[-1] if found else None
+
     def before_shuffle(self, dtype: torch.dtype, layout: torch.memory_format) -> BeforeShuffle | None:
         """This network's weights up to its pixel shuffle, for inference; None where it does not end in one.
 

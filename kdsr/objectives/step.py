@@ -43,7 +43,10 @@ class Taps:
             output, read = run(), self._read
         finally:
             self._read = None
-        for name, features in read.items():
+        for name in self._names:
+            features = read.get(name)
+            if name not in read:
+                raise RequestError(f"tap {name!r} of {self._who} is never run by itself; choose another")
             if not isinstance(features, Tensor) or features.dim() != 4:
                 shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
                 raise RequestError(

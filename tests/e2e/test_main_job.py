@@ -77,7 +77,8 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
     ]
     run("train_teacher", *base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr)
     teacher = f"{uri}/runs/teacher/model"
-    run("label", "--shards", f"{uri}/shards", "--teacher.uri", teacher, "--output", f"{uri}/labelled")
+    asked = ["--teacher.uri", teacher, "--teacher.force"]
+    run("label", "--shards", f"{uri}/shards", *asked, "--output", f"{uri}/labelled")
     student = ["--student.kind", "rep_chain", "--student.scale", "2", "--student.num_features", "8"]
     flags = [
         *base,

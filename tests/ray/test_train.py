@@ -86,7 +86,7 @@ def test_what_learns_beside_the_student_learns_alike_on_two_workers(shards: str,
         "num_validation_images": 0,
     }
     fields |= {
-        "teacher": TeacherConfig(uri=f"file://{tmp_path}/big"),
+        "teacher": TeacherConfig(uri=f"file://{tmp_path}/big", force=True),
         "balance": GradientBalance(every_steps=2),
     }
     two = DistillConfig(

@@ -240,6 +240,33 @@ def test_a_run_that_would_have_nothing_to_minimise_is_refused(terms, moment):
         DistillConfig.model_validate(distil)
 
 
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ({"kind": "output", "ramp": [0.2, 0.5]}, "a ramp leads to final_weight, which is not set"),
+        ({"kind": "upcycling", "zoom_in": False, "zoom_out": False}, "neither zoom_in nor zoom_out"),
+        ({"kind": "contrastive", "noise": [30, 1]}, "noise must run upwards from 0 or more, found 30..1"),
+        ({"kind": "attention", "taps": []}, "taps"),
+        (
+            {"kind": "critic", "positions": 1, "taps": [{"student": "layers.0", "teacher": "trunk"}]},
+            "1 position in 1 patch a worker leaves no other",
+        ),
+    ],
+    ids=lambda value: value.get("kind") if isinstance(value, dict) else "",
+)
+def test_a_term_that_could_teach_nothing_is_refused(term, words):
+    run = {**SMALLEST[DistillConfig], "terms": [{"kind": "pixel"}, term]}
+    run |= {"batch_size": 2, "cluster": {"num_workers": 2}}
+    with pytest.raises(ValidationError, match=words):
+        DistillConfig.model_validate(run)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_some_channels_are_left(dropout):
+    with pytest.raises(ValidationError, match="dropout"):
+        TrainingConfig.model_validate({**RUN, "dropout": dropout})
+
+
 @pytest.mark.parametrize(("shards", "output"), [("a", "a/"), ("s3://b/x", "s3://b/x/"), ("a", "./a")])
 def test_labels_never_go_where_the_shards_are(shards, output):
     config = {**SMALLEST[LabelConfig], "shards": shards, "output": output}

@@ -12,11 +12,13 @@ from kdsr.config import OptimizerConfig
 from kdsr.errors import NonFiniteLoss
 from kdsr.fit import fit, learning_rate_at, new_state
 from kdsr.models import build_model
+from kdsr.models.espcn import Espcn
 from kdsr.objectives import build_objective
 from kdsr.pairs import Cursor, PairBatch
-from kdsr.spec import EspcnSpec, RepChainSpec
+from kdsr.spec import EspcnSpec, MultiScaleSpec, RepChainSpec, SwinLightSpec
 from kdsr.store import open_store
 from kdsr.terms import PixelTerm
+from tests.small_networks import SMALL
 
 SPEC = RepChainSpec(scale=2, num_features=4, num_layers=3)
 
@@ -108,10 +110,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others():
 
 @pytest.mark.parametrize(("kind", "plain"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
 def test_steps_are_those_of_the_plain_optimizer(kind, plain):
-    chosen = {"betas": (0.5, 0.6), "weight_decay": 0.1}
-    state = state_of(warmup_steps=0, final_learning_rate=1e-2, kind=kind, **chosen)
+    betas = (0.5, 0.6)
+    state = state_of(warmup_steps=0, final_learning_rate=1e-2, kind=kind, betas=betas, weight_decay=0.1)
     model = copy.deepcopy(state.model)
-    optimizer = plain(model.parameters(), lr=1e-2, **chosen)
+    kernels = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    biases = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": kernels, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0}]
+    optimizer = plain(groups, lr=1e-2, betas=betas)
     for pair, _ in islice(batches(), 3):
         optimizer.zero_grad()
         torch.nn.functional.l1_loss(model(pair.lr), pair.hr).backward()
@@ -270,3 +275,73 @@ def test_the_batches_of_these_tests_are_the_same_from_the_same_cursor():
     late = next(batches(Cursor(0, 0, 3)))
     assert late[1] == Cursor(0, 0, 4)
     assert torch.equal(late[0].hr, next(islice(batches(), 3, None))[0].hr)
+
+
+# ---------------------------------------------------------------- against over-fitting
+
+
+def test_weight_decay_shrinks_kernels_and_leaves_biases_gains_and_what_learns_beside_alone():
+    torch.manual_seed(0)
+    model = build_model(MultiScaleSpec(scale=2, num_features=6, num_blocks=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(0.5, 1)
+    config = OptimizerConfig(kind="adamw", learning_rate=0.1, weight_decay=0.5, warmup_steps=0)
+    state, beside = new_state(model, config, num_steps=10), torch.nn.Linear(2, 2)
+    state.train_too(beside)
+    before = weights(model) | weights(beside)
+    for parameter in (*model.parameters(), *beside.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    after = model.state_dict() | beside.state_dict()
+    shrunk = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert shrunk == {name for name in weights(model) if name.endswith("weight") or ".kernels." in name}
+    for name in shrunk:
+        assert torch.allclose(after[name], 0.95 * before[name]), name
+
+
+def test_the_biases_of_positions_in_attention_do_not_decay():
+    model = build_model(SwinLightSpec(scale=2, **SMALL["swin_light"]))
+    state = new_state(model, OptimizerConfig(weight_decay=0.1), num_steps=1)
+    decaying, others = state.optimizer.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0)
+    kept = {id(parameter) for parameter in others["params"]}
+    named = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
+    assert any(name.endswith("position_bias") for name in named)
+    assert not any(name.endswith("qkv.weight") for name in named)
+
+
+class Counting(Espcn):
+    """Keeps statistics of what it sees, as batch normalisation does."""
+
+    def __init__(self):
+        super().__init__(EspcnSpec(scale=2, num_features=4))
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, lr):
+        return super().forward(self.norm(lr))
+
+
+def test_the_mean_network_has_the_statistics_of_the_trained_one():
+    state = new_state(Counting(), OptimizerConfig(), num_steps=3)
+    run(state, until_step=3)
+    own, mean = (dict(network.named_buffers()) for network in (state.model, state.ema))
+    assert own["norm.num_batches_tracked"] == 3 and own["norm.running_mean"].abs().sum() > 0
+    assert same(own, mean)
+
+
+def test_what_a_step_draws_follows_from_the_seed_and_its_number_alone():
+    def drawn(*, seed, burn=0):
+        state, found = state_of(num_steps=3), []
+        objective = objective_of(state)
+
+        def drawing(pair):
+            found.append(torch.rand(()).item())
+            return objective(pair)
+
+        for _ in fit(state, drawing, batches(), until_step=3, seed=seed):
+            torch.rand(burn)
+        return found
+
+    assert drawn(seed=1) == drawn(seed=1, burn=5)
+    assert len({*drawn(seed=1), *drawn(seed=2)}) == 6

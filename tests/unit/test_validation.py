@@ -20,7 +20,13 @@ from kdsr.models.contract import SrModel
 from kdsr.spec import BicubicSpec, Card, EdsrSpec, EspcnSpec
 from kdsr.store import open_store
 from kdsr.upscale import Upscaler
-from kdsr.validation import heldout_pairs, make_pair, mean_psnr_y, require_better_than_bicubic
+from kdsr.validation import (
+    heldout_pairs,
+    make_pair,
+    mean_psnr_y,
+    require_better_than_bicubic,
+    training_pairs,
+)
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
 
@@ -69,6 +75,22 @@ def test_pairs_are_the_first_held_out_rows_of_the_index_and_no_others(tmp_path):
     assert names(100) == ["1", "2", "5", "6"]
 
 
+def test_what_is_trained_on_is_measured_on_sub_images_from_all_over_the_set(tmp_path):
+    store = open_store(f"file://{tmp_path}")
+    heldout = {1, 2, 4, 5}
+    rows = [row(f"{i}", photograph(i, height=24, width=28), heldout=i in heldout) for i in range(12)]
+    index = write_set(store, [rows[:4], rows[4:8], rows[8:]], row_group_bytes=2**20)
+
+    def names(limit):
+        pairs = training_pairs(store, index, degrade=BICUBIC, scale=2, channels=3, limit=limit)
+        return [pair.name for pair in pairs]
+
+    assert names(3) == names(3)
+    assert sorted(int(name) // 4 for name in names(3)) == [0, 1, 2]
+    assert len(names(2)) == 2
+    assert set(names(100)) == {f"{i}" for i in range(12)} - {f"{i}" for i in heldout}
+
+
 def test_the_mean_is_over_images_and_leaves_the_border_out():
     hr = np.full((20, 20, 3), 100, np.uint8)
     near, far = hr + 2, hr + 9
@@ -90,8 +112,9 @@ def test_bicubic_measures_as_in_an_evaluation():
 # ---------------------------------------------------------------- teachers
 
 
-def loaded(model):
-    return LoadedModel(model.eval(), Card(name="public", spec=model.spec, num_parameters=0, sha256=""))
+def loaded(model, **fields):
+    card = Card(name="public", spec=model.spec, num_parameters=0, sha256="", **{"imported": True, **fields})
+    return LoadedModel(model.eval(), card)
 
 
 class Shifted(SrModel):
@@ -159,3 +182,23 @@ def test_one_decibel_over_bicubic_is_what_it_takes():
     require_better_than_bicubic(loaded(Knowing(0.87)))
     with pytest.raises(RequestError, match="expected at least 1 dB"):
         require_better_than_bicubic(loaded(Knowing(0.92)))
+
+
+def test_one_of_kdsr_must_not_lose_and_is_warned_about_when_it_hardly_wins(caplog):
+    for error, hardly in ((0.87, False), (0.92, True), (1.0, True)):
+        caplog.clear()
+        require_better_than_bicubic(loaded(Knowing(error), imported=False))
+        assert ("less than 1 dB over bicubic" in caplog.text) == hardly
+    with pytest.raises(RequestError, match="expected at least 0 dB over bicubic"):
+        require_better_than_bicubic(loaded(Knowing(1.02), imported=False))
+    require_better_than_bicubic(loaded(Knowing(1.02), imported=False), force=True)
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_one_for_looks_may_be_three_decibels_short(imported):
+    """Three decibels are 1.41 of the error."""
+    for error, said in ((1.3, {}), (1.3, {"trained_for": "perception"})):
+        goal = {} if said else {"trained_for": "perception"}
+        require_better_than_bicubic(loaded(Knowing(error), imported=imported, **goal), **said)
+    with pytest.raises(RequestError, match="expected at least -3 dB over bicubic"):
+        require_better_than_bicubic(loaded(Knowing(1.5), imported=imported, trained_for="perception"))
