@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from kdsr.spec import Frozen, Goal, TrainableSpec
+from kdsr.spec import Frozen, Goal, TrainableSpec, ZoomConfig
 from kdsr.terms import Balance, CriticTerm, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
 
 
@@ -345,13 +345,26 @@ class DistillConfig(TrainingConfig):
         return self
 
 
+class StoredFeatures(Frozen):
+    """Features that are stored beside the teacher's output."""
+
+    tap: str
+    """Submodule of the teacher whose output (B, F, h, w) lies on LR's grid or an integer fraction of it."""
+    rank: int = Field(default=16, ge=1)
+    """Principal directions that are kept; all channels, as they are, when there are no more."""
+
+
 class LabelConfig(Frozen):
-    """Run a teacher over shards once and store its output beside every sub-image."""
+    """Run a teacher over shards once and store what it says of every sub-image."""
 
     shards: Uri
     teacher: TeacherConfig
     output: Uri
     """Folder or prefix of the labelled shards; a rerun does what is missing."""
+    features: tuple[StoredFeatures, ...] = ()
+    """Features that are stored too, for terms with taps. Sub-images then go through the teacher whole."""
+    zoom: ZoomConfig | None = None
+    """Store answers to zoomed-in inputs too, for upcycling."""
     precision: Literal["float32", "bfloat16"] = "float32"
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -360,6 +373,13 @@ class LabelConfig(Frozen):
     def _shards_are_kept(self) -> Self:
         if self.shards.rstrip("/") == self.output.rstrip("/"):
             raise ValueError(f"output {self.output} holds the shards themselves; choose another place")
+        return self
+
+    @model_validator(mode="after")
+    def _taps_differ(self) -> Self:
+        taps = [stored.tap for stored in self.features]
+        if len(set(taps)) < len(taps):
+            raise ValueError(f"features must name each tap once, found {', '.join(taps)}")
         return self
 
 

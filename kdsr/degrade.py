@@ -9,6 +9,7 @@ A patch needs real pixels around it (its context). Replicate-padding the whole H
 first makes patches at the image's border right as well.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -137,6 +138,14 @@ def upscale_kernel(scale: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- what a run calls
+
+
+def degradation_name(degradation: Degradation) -> str:
+    """`bicubic`, or a kind with a digest of its settings: the same name means the same LR."""
+    if isinstance(degradation, BicubicDegradation):
+        return degradation.kind
+    digest = hashlib.sha256(degradation.model_dump_json().encode()).hexdigest()
+    return f"{degradation.kind}-{digest[:12]}"
 
 
 @dataclass(frozen=True)

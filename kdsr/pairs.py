@@ -7,9 +7,11 @@ each rank reads every row group, though it decodes only the rows it takes patche
 
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import lcm
 from queue import Queue
 from typing import NamedTuple, TypeVar
 
@@ -20,12 +22,20 @@ from torch import Tensor
 from kdsr import shards
 from kdsr.config import DataConfig
 from kdsr.degrade import Degrade
-from kdsr.errors import DataError
-from kdsr.shards import Row
-from kdsr.spec import Channels, ShardIndex
+from kdsr.errors import DataError, RequestError
+from kdsr.shards import Row, ZoomCrop
+from kdsr.spec import Channels, ShardIndex, StoredTap
 from kdsr.store import Store
 
 Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class ZoomPair:
+    """Parts of HR as inputs (B, C, p, p), and the teacher's stored answers (B, C, p*scale, p*scale)."""
+
+    lr: Tensor
+    teacher_sr: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class PairBatch:
     hr: Tensor
     teacher_sr: Tensor | None = None
     """The teacher's stored output for `lr`, when the shards carry one."""
+    teacher_features: Mapping[str, Tensor] | None = None
+    """The teacher's stored features (B, rank, h', w') for `lr`, by tap."""
+    zoom: ZoomPair | None = None
+    """Another input from the same images, with the teacher's stored answer."""
     progress: float = 0.0
     """How much of the run is done, 0 to 1; schedules read it."""
 
@@ -55,6 +69,12 @@ class RowGroup(NamedTuple):
     row_group: int
 
 
+class _Zoom(NamedTuple):
+    lr: Array
+    """([b,] p, p, 3) uint8."""
+    teacher_sr: Array
+
+
 @dataclass(frozen=True)
 class PatchBatch:
     """What one rank reads for one step: HR patches with context, and the cursor behind the step."""
@@ -65,6 +85,9 @@ class PatchBatch:
     cursor: Cursor
     seed: int
     """Of the random parts of the degradation."""
+    teacher_features: Mapping[str, Array] = field(default_factory=dict)
+    """By tap, (b, rank, h', w') float16 of the patches without their context."""
+    zoom: _Zoom | None = None
 
 
 class _Patch(NamedTuple):
@@ -75,9 +98,48 @@ class _Patch(NamedTuple):
 
 
 class _Pixels(NamedTuple):
+    """One patch."""
+
+    hr: Array
+    """(P, P, 3) uint8."""
+    teacher_sr: Array | None
+    teacher_features: Mapping[str, Array]
+    zoom: _Zoom | None
+
+
+class _Answer:
+    """A zoomed-in input of a sub-image, decoded when a patch first wants it."""
+
+    def __init__(self, row: Row, crop: ZoomCrop) -> None:
+        self._row, self.crop = row, crop
+
+    @cached_property
+    def sr(self) -> Array:
+        """(side*scale, side*scale, 3) uint8."""
+        return shards.row_pixels(self._row, self.crop.teacher_sr)
+
+
+class _Decoded(NamedTuple):
+    """A sub-image, whole."""
+
     hr: Array
     """(H, W, 3) uint8."""
     teacher_sr: Array | None
+    teacher_features: Mapping[str, Array]
+    """By tap, (rank, h', w') float16."""
+    answers: Sequence[_Answer]
+
+
+class _Turn(NamedTuple):
+    """A quarter turn so many times, and then perhaps a mirror image."""
+
+    turns: int = 0
+    mirror: bool = False
+
+    def of(self, array: Array, axes: tuple[int, int] = (0, 1)) -> Array:
+        """`array` turned in the plane of `axes`, rows first; a copy."""
+        turned = np.rot90(array, self.turns, axes)
+        return np.ascontiguousarray(np.flip(turned, axes[1]) if self.mirror else turned)
 
 
 def epoch_windows(index: ShardIndex, *, epoch: int, seed: int, window_rows: int) -> list[list[RowGroup]]:
@@ -108,8 +170,8 @@ class PatchReader:
     batch_size: int
     """Patches of a step over all ranks."""
     seed: int
-    with_teacher_sr: bool = True
-    """Whether a teacher's stored outputs are read where there are any; they must be of this `scale`."""
+    columns: tuple[str, ...] = ("image", "teacher_sr")
+    """Those that are read, where there are any; a teacher's must be of this `scale`. See `read_row_group`."""
     rank: int = 0
     world_size: int = 1
 
@@ -117,6 +179,29 @@ class PatchReader:
     def side(self) -> int:
         """Height and width in HR pixels of a patch with its context."""
         return (self.data.patch_size + 2 * self.context) * self.scale
+
+    @cached_property
+    def _taps(self) -> tuple[StoredTap, ...]:
+        """Those whose features are read."""
+        return tuple(
+            tap for tap in self.index.carried.taps if shards.features_column(tap.tap) in self.columns
+        )
+
+    @cached_property
+    def _grid(self) -> int:
+        """Patches begin at multiples of so many LR pixels, where features have places."""
+        grid = lcm(*(tap.stride for tap in self._taps))
+        if self.data.patch_size % grid:
+            raise RequestError(
+                f"data.patch_size {self.data.patch_size}: the stored features have a place for each {grid} "
+                f"x {grid} LR pixels; choose a multiple of {grid}"
+            )
+        return grid
+
+    @property
+    def _first(self) -> int:
+        """Where the first patch with its context may begin, in LR pixels."""
+        return -self.context % self._grid
 
     def batches(self, start: Cursor = Cursor()) -> Iterator[PatchBatch]:
         """This rank's part of every step from `start` on, without end, read ahead by one window.
@@ -177,13 +262,12 @@ class PatchReader:
 
     def _rows(self, group: RowGroup) -> list[Row]:
         entry = self.index.shards[group.shard]
-        columns = ("image", "teacher_sr") if self.with_teacher_sr else ("image",)
-        rows = shards.read_row_group(self.store, entry, group.row_group, columns=columns)
+        rows = shards.read_row_group(self.store, entry, group.row_group, columns=self.columns)
         return [row for row in rows if not row.heldout and self._fits(row)]
 
     def _fits(self, row: Row) -> bool:
         whole = min(row.height, row.width) // self.scale * self.scale
-        return whole >= self.side
+        return whole >= self.side + self._first * self.scale
 
     def _cut_all(
         self, pool: ThreadPoolExecutor, rows: list[Row], own: list[_Patch], epoch: int
@@ -194,7 +278,7 @@ class PatchReader:
             variants.setdefault(patch.row, []).append(patch.variant)
 
         def cut_row(row: int) -> list[tuple[_Patch, _Pixels]]:
-            images = _decode(rows[row])
+            images = self._decode(rows[row])
             return [
                 (_Patch(row, variant), self._cut(rows[row], images, epoch, variant))
                 for variant in variants[row]
@@ -202,41 +286,83 @@ class PatchReader:
 
         return dict(pair for pairs in pool.map(cut_row, variants) for pair in pairs)
 
-    def _cut(self, row: Row, images: _Pixels, epoch: int, variant: int) -> _Pixels:
+    def _decode(self, row: Row) -> _Decoded:
+        teacher_sr = None if row.teacher_sr is None else shards.row_pixels(row, row.teacher_sr)
+        return _Decoded(
+            shards.row_pixels(row, row.image),
+            teacher_sr,
+            {tap.tap: shards.row_features(row, tap.tap) for tap in self._taps},
+            [_Answer(row, crop) for crop in row.zoom],
+        )
+
+    def _cut(self, row: Row, images: _Decoded, epoch: int, variant: int) -> _Pixels:
         """One patch, its place and its flips drawn from (seed, epoch, sub-image, variant) alone."""
         place = f"{row.key} {row.x} {row.y}"
         random = np.random.default_rng([self.seed, epoch, zlib.crc32(place.encode()), variant])
         height, width = images.hr.shape[:2]
-        # On the LR grid of the whole image, so that a stored teacher output fits.
-        top = self.scale * int(random.integers(0, (height - self.side) // self.scale + 1))
-        left = self.scale * int(random.integers(0, (width - self.side) // self.scale + 1))
-        turns, mirror = 0, False
-        if self.data.augment:
-            turns, mirror = int(random.integers(4)), bool(random.integers(2))
+        top, left = self._place(height, random), self._place(width, random)
+        turn = self._turn(random)
 
         def patch(image: Array) -> Array:
-            square = np.rot90(image[top : top + self.side, left : left + self.side], turns)
-            return np.ascontiguousarray(square[:, ::-1] if mirror else square)
+            y, x = top * self.scale, left * self.scale
+            return turn.of(image[y : y + self.side, x : x + self.side])
 
-        return _Pixels(patch(images.hr), None if images.teacher_sr is None else patch(images.teacher_sr))
+        return _Pixels(
+            patch(images.hr),
+            None if images.teacher_sr is None else patch(images.teacher_sr),
+            {
+                tap.tap: self._features(images.teacher_features[tap.tap], tap, top, left, turn)
+                for tap in self._taps
+            },
+            self._zoom(images, random) if images.answers else None,
+        )
 
+    def _place(self, length: int, random: np.random.Generator) -> int:
+        """Where a patch with its context begins, on the LR grid of the whole image, so that labels fit."""
+        last = (length - self.side) // self.scale
+        return self._first + self._grid * int(random.integers(0, (last - self._first) // self._grid + 1))
 
-def _decode(row: Row) -> _Pixels:
-    teacher_sr = None if row.teacher_sr is None else shards.row_pixels(row, row.teacher_sr)
-    hr = shards.row_pixels(row, row.image)
-    if teacher_sr is not None:
-        # The teacher saw the largest part that is a multiple of the scale.
-        hr = hr[: teacher_sr.shape[0], : teacher_sr.shape[1]]
-    return _Pixels(hr, teacher_sr)
+    def _turn(self, random: np.random.Generator) -> _Turn:
+        if not self.data.augment:
+            return _Turn()
+        return _Turn(int(random.integers(4)), bool(random.integers(2)))
+
+    def _features(self, features: Array, tap: StoredTap, top: int, left: int, turn: _Turn) -> Array:
+        """What belongs to a patch without its context."""
+        y, x = ((edge + self.context) // tap.stride for edge in (top, left))
+        side = self.data.patch_size // tap.stride
+        return turn.of(features[:, y : y + side, x : x + side], axes=(1, 2))
+
+    def _zoom(self, images: _Decoded, random: np.random.Generator) -> _Zoom:
+        """One of the stored inputs, or a part of it, turned on its own."""
+        answer = images.answers[int(random.integers(len(images.answers)))]
+        side = self._zoom_side
+        height, width = (length // self.scale for length in answer.sr.shape[:2])
+        top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
+        y, x = answer.crop.y + top, answer.crop.x + left
+        lr = images.hr[y : y + side, x : x + side]
+        y, x, long = top * self.scale, left * self.scale, side * self.scale
+        turn = self._turn(random)
+        return _Zoom(turn.of(lr), turn.of(answer.sr[y : y + long, x : x + long]))
+
+    @property
+    def _zoom_side(self) -> int:
+        zoom = self.index.carried.zoom
+        assert zoom is not None
+        return min(self.data.patch_size, zoom.side)
 
 
 def _collate(pixels: list[_Pixels], cursor: Cursor, *, seed: int) -> PatchBatch:
     teacher = [patch.teacher_sr for patch in pixels if patch.teacher_sr is not None]
+    zooms = [patch.zoom for patch in pixels if patch.zoom is not None]
+    taps = pixels[0].teacher_features
     return PatchBatch(
         hr=np.stack([patch.hr for patch in pixels]),
         teacher_sr=np.stack(teacher) if teacher else None,
         cursor=cursor,
         seed=seed,
+        teacher_features={tap: np.stack([patch.teacher_features[tap] for patch in pixels]) for tap in taps},
+        zoom=_Zoom(*map(np.stack, zip(*zooms, strict=True))) if zooms else None,
     )
 
 
@@ -266,6 +392,12 @@ class PairMaker:
             lr=_drop(lr, self.context),
             hr=_drop(hr, edge),
             teacher_sr=None if teacher_sr is None else _drop(teacher_sr, edge),
+            teacher_features={
+                tap: torch.from_numpy(features).to(self.device, non_blocking=True).float()
+                for tap, features in batch.teacher_features.items()
+            }
+            or None,
+            zoom=None if batch.zoom is None else ZoomPair(*map(self._to_device, batch.zoom)),
         )
 
     def _to_device(self, pixels: Array) -> Tensor:

@@ -5,10 +5,11 @@ Parquet; nothing of photographs, no ray, no torch.
 """
 
 import hashlib
+import io
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,30 @@ _SMALL_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("domain", pa.dictionary(pa.int32(), pa.string())),
     ("heldout", pa.bool_()),
 ]
-_IMAGE_COLUMNS = ("image", "teacher_sr")
+_CROP = pa.struct([("x", pa.int32()), ("y", pa.int32()), ("teacher_sr", pa.large_binary())])
+_LARGE_COLUMNS: dict[str, pa.DataType] = {
+    "image": pa.large_binary(),
+    "teacher_sr": pa.large_binary(),
+    "zoom": pa.list_(_CROP),
+}
+_FEATURES = "teacher_features/"
+
+
+def features_column(tap: str) -> str:
+    """Column that holds the teacher's features at `tap`."""
+    return f"{_FEATURES}{tap}"
+
+
+@dataclass(frozen=True)
+class ZoomCrop:
+    """A part of a sub-image that the teacher was given as its input, and what it made of it."""
+
+    x: int
+    """Left edge in the sub-image."""
+    y: int
+    """Top edge."""
+    teacher_sr: bytes
+    """PNG, `scale` times as large as the part."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,17 @@ class Row:
     """Never trained on; the same for every sub-image of a photograph."""
     teacher_sr: bytes | None = None
     """The teacher's output for the degraded `image`: PNG of the same size. None when there is none."""
+    teacher_features: Mapping[str, bytes] = field(default_factory=dict, hash=False)
+    """The teacher's features for the degraded `image`, by tap; see `write_features`."""
+    zoom: tuple[ZoomCrop, ...] = ()
+    """The teacher's answers to parts of `image`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that was read."""
+        features = sum(map(len, self.teacher_features.values()))
+        answers = sum(len(crop.teacher_sr) for crop in self.zoom)
+        return len(self.image) + len(self.teacher_sr or b"") + features + answers
 
 
 def row_pixels(row: Row, png: bytes) -> np.ndarray:
@@ -77,6 +112,25 @@ def row_pixels(row: Row, png: bytes) -> np.ndarray:
             f"sub-image at x {row.x}, y {row.y} of {row.key}: {error}; delete its shard with the .json "
             f"beside it and run the job that made it again"
         ) from error
+
+
+def write_features(features: np.ndarray) -> bytes:
+    """(rank, h', w') as an .npy file of float16."""
+    file = io.BytesIO()
+    np.save(file, features.astype(np.float16), allow_pickle=False)
+    return file.getvalue()
+
+
+def row_features(row: Row, tap: str) -> np.ndarray:
+    """Features (rank, h', w') float16 of `row` at `tap`. Raises ShardCorrupt naming the sub-image."""
+    try:
+        found: np.ndarray = np.load(io.BytesIO(row.teacher_features[tap]), allow_pickle=False)
+    except (KeyError, ValueError, EOFError) as error:
+        raise ShardCorrupt(
+            f"sub-image at x {row.x}, y {row.y} of {row.key}: no features of the teacher's tap {tap} "
+            f"({error}); delete its shard with the .json beside it and label it again"
+        ) from error
+    return found
 
 
 def cut(height: int, width: int, size: int) -> list[Box]:
@@ -108,7 +162,7 @@ def is_heldout(key: str, fraction: float) -> bool:
 def write_shard(store: Store, key: str, rows: Iterable[Row], row_group_bytes: int) -> ShardEntry:
     """Write `rows` as one Parquet object, holding one row group in memory at a time.
 
-    The same rows give the same bytes. A column `teacher_sr` is there when the first row has one; then
+    The same rows give the same bytes. The teacher's columns are there when the first row has them; then
     every row must. Raises RequestError when there are no rows.
     """
     tally = _Tally()
@@ -146,7 +200,7 @@ def _write_parquet(path: Path, rows: Iterator[Row], row_group_bytes: int, tally:
     first = next(rows, None)
     if first is None:
         raise RequestError("a shard needs at least one row")
-    schema = _schema(with_teacher=first.teacher_sr is not None)
+    schema = _schema(first)
     # PNGs do not get smaller, and statistics of them would be kept beside them.
     repeated = ["key", "licence", "domain"]
     with pq.ParquetWriter(
@@ -159,12 +213,12 @@ def _write_parquet(path: Path, rows: Iterator[Row], row_group_bytes: int, tally:
 
 
 def _grouped(rows: Iterable[Row], row_group_bytes: int) -> Iterator[list[Row]]:
-    """Lists of rows whose images together reach `row_group_bytes`; the last may be smaller."""
+    """Lists of rows whose large columns together reach `row_group_bytes`; the last may be smaller."""
     group: list[Row] = []
     num_bytes = 0
     for row in rows:
         group.append(row)
-        num_bytes += len(row.image) + len(row.teacher_sr or b"")
+        num_bytes += row.num_bytes
         if num_bytes >= row_group_bytes:
             yield group
             group, num_bytes = [], 0
@@ -172,38 +226,62 @@ def _grouped(rows: Iterable[Row], row_group_bytes: int) -> Iterator[list[Row]]:
         yield group
 
 
-def _schema(*, with_teacher: bool) -> pa.Schema:
-    images = _IMAGE_COLUMNS if with_teacher else _IMAGE_COLUMNS[:1]
-    large = [pa.field(name, pa.large_binary(), nullable=False) for name in images]
-    return pa.schema([*(pa.field(*column, nullable=False) for column in _SMALL_COLUMNS), *large])
+def _schema(first: Row) -> pa.Schema:
+    large = [column for column in _LARGE_COLUMNS.items() if getattr(first, column[0]) not in (None, ())]
+    large += [(features_column(tap), pa.large_binary()) for tap in first.teacher_features]
+    return pa.schema([pa.field(*column, nullable=False) for column in [*_SMALL_COLUMNS, *large]])
 
 
 def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     return pa.table(
-        [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in schema],
+        [pa.array([_value(row, column.name) for row in rows], type=column.type) for column in schema],
         schema=schema,
     )
 
 
+def _value(row: Row, column: str) -> Any:
+    if column == "zoom":
+        return [asdict(crop) for crop in row.zoom]
+    if column.startswith(_FEATURES):
+        return row.teacher_features[column.removeprefix(_FEATURES)]
+    return getattr(row, column)
+
+
+def _row(values: dict[str, Any]) -> Row:
+    """Of the columns that were read."""
+    features = {name: values.pop(name) for name in list(values) if name.startswith(_FEATURES)}
+    zoom = tuple(ZoomCrop(**crop) for crop in values.pop("zoom", ()))
+    return Row(
+        **{"image": b"", **values},
+        teacher_features={name.removeprefix(_FEATURES): data for name, data in features.items()},
+        zoom=zoom,
+    )
+
+
 def read_row_group(
-    store: Store, entry: ShardEntry, row_group: int, *, columns: Collection[str] = _IMAGE_COLUMNS
+    store: Store, entry: ShardEntry, row_group: int, *, columns: Collection[str] | None = None
 ) -> list[Row]:
     """The rows of one row group, in file order.
 
-    The small columns always come; of the large ones, `image` and `teacher_sr`, only those in `columns`.
+    The small columns always come; of the large ones, `image`, `teacher_sr`, `zoom` and `features_column`s,
+    those in `columns`, or all.
     Raises ShardCorrupt when the shard is not what its index says, StoreError when it cannot be read.
     """
     with _shard_errors(entry.key), _open_parquet(store, entry.key) as file:
-        wanted = [name for name, _ in _SMALL_COLUMNS]
-        wanted += [name for name in _IMAGE_COLUMNS if name in columns and name in file.schema_arrow.names]
-        table = file.read_row_group(row_group, columns=wanted)
-        rows = [Row(**{"image": b"", **values}) for values in table.to_pylist()]
+        wanted = [name for name in file.schema_arrow.names if _is_wanted(name, columns)]
+        rows = [_row(values) for values in file.read_row_group(row_group, columns=wanted).to_pylist()]
     if len(rows) != entry.row_groups[row_group]:
         raise ShardCorrupt(
             f"{entry.key}: expected {entry.row_groups[row_group]} rows in row group {row_group}, found "
             f"{len(rows)}; {_REBUILD}"
         )
     return rows
+
+
+def _is_wanted(name: str, columns: Collection[str] | None) -> bool:
+    if name in _LARGE_COLUMNS or name.startswith(_FEATURES):
+        return columns is None or name in columns
+    return any(name == small for small, _ in _SMALL_COLUMNS)
 
 
 _REBUILD = "delete the shard with its .json and run jobs/shard.py again"

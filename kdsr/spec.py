@@ -404,6 +404,51 @@ class Card(Frozen):
         return f"{self.name}: {self.num_parameters:,} parameters, {quality}"
 
 
+class StoredTap(Frozen):
+    """Features of the teacher as labelled shards hold them."""
+
+    tap: str
+    """Submodule of the teacher."""
+    width: int
+    """Channels that the teacher has there."""
+    rank: int
+    """Channels that are stored: as many principal directions, or all of them as they are."""
+    stride: int = 1
+    """LR pixels a side that one place stands for."""
+    kept: float = 1.0
+    """Share of the features' energy (mean square) that the stored directions hold."""
+
+
+class ZoomConfig(Frozen):
+    """Zoomed-in inputs: parts of HR that the teacher is given as if they were LR."""
+
+    num_crops: int = Field(default=4, ge=1)
+    """Of each sub-image; their places follow from its key and position."""
+    side: int = Field(default=64, ge=8)
+    """Height and width of the input in pixels; patches are cut from it."""
+
+
+class StoredBasis(Frozen):
+    """The object that holds the directions on which features were projected."""
+
+    key: str
+    sha256: str
+
+
+class Labels(Frozen):
+    """What labelled shards hold of their teacher beside its output."""
+
+    degradation: str = "bicubic"
+    """How the LR was made that the teacher saw."""
+    taps: tuple[StoredTap, ...] = ()
+    basis: StoredBasis | None = None
+    """Not set where every tap has all its channels."""
+    zoom: ZoomConfig | None = None
+
+
+OUTPUT_ALONE = Labels()
+
+
 class ShardEntry(Frozen):
     """One Parquet shard as the index lists it."""
 
@@ -436,3 +481,10 @@ class ShardIndex(Frozen):
     teacher: TeacherRef | None = None
     """Set when the rows carry this teacher's output."""
     teacher_scale: int | None = None
+    labels: Labels | None = None
+    """What else of the teacher; nothing but its output for bicubic LR when not set."""
+
+    @property
+    def carried(self) -> Labels:
+        """`labels`, of sets too that were made before there was more than the output."""
+        return self.labels or OUTPUT_ALONE

@@ -26,13 +26,22 @@ from kdsr.checkpoint import (
     require_teacher_spec,
     save_model,
 )
-from kdsr.config import BicubicDegradation, DistillConfig, TeacherTrainingConfig
-from kdsr.degrade import build_degradation
+from kdsr.config import DistillConfig, TeacherTrainingConfig
+from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
 from kdsr.models import build_model, drop_channels, fold, inherit_slice, inherit_weights, require_slice
-from kdsr.objectives import Ensemble, Objective, build_objective, needs_live_teacher, needs_teacher
+from kdsr.objectives import (
+    Ensemble,
+    Objective,
+    build_objective,
+    label_columns,
+    needs_live_teacher,
+    needs_teacher,
+    stored_ranks,
+    why_live,
+)
 from kdsr.objectives.step import Taps, require_tap
 from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader, mixed_seed
 from kdsr.spec import Card, Goal, ShardIndex, TeacherRef
@@ -248,6 +257,7 @@ def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Wor
         balance=config.balance,
         scale=config.model.scale,
         channels=config.model.channels,
+        stored=stored_ranks(config.terms, inputs.index) if inputs.teachers else {},
         wrap=worker.wrap,
     )
     return objective.to(worker.device)
@@ -266,7 +276,7 @@ def _pairs(
         context=degradation.context,
         batch_size=config.batch_size,
         seed=config.seed,
-        with_teacher_sr=bool(inputs.teachers),
+        columns=("image", *(label_columns(config.terms, inputs.index) if inputs.teachers else ())),
         rank=worker.rank,
         world_size=worker.world_size,
     )
@@ -281,9 +291,9 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
         require_teacher_spec(card, scale=config.student.scale, channels=config.student.channels)
     _check_goals(config, cards)
     if index.teacher is not None:
-        _check_stored_outputs(config, index.teacher, cards)
+        _check_labels(config, index, index.teacher, cards)
     _check_taps(config, cards[0])
-    if index.teacher is None or needs_live_teacher(config.terms):
+    if needs_live_teacher(config.terms, index):
         _check_networks(config)
     return tuple(
         TeacherRef(name=card.name, sha256=card.sha256, licence=teacher.licence or card.licence)
@@ -294,7 +304,7 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
 def _check_networks(config: DistillConfig) -> None:
     """Raise RequestError for a teacher that teaches nothing, or whose features cannot be read where asked.
 
-    Where only its stored outputs are used, labelling has tried it.
+    Where only what is stored of it is used, labelling has tried it.
     """
     names = [pair.teacher for term in config.terms if isinstance(term, TappedTerm) for pair in term.taps]
     for number, teacher in enumerate(config.teachers):
@@ -310,8 +320,10 @@ def _check_networks(config: DistillConfig) -> None:
             taps.widths(config.student.channels)
 
 
-def _check_stored_outputs(config: DistillConfig, stored: TeacherRef, cards: Sequence[Card]) -> None:
-    """Raise RequestError for outputs that are not what the teachers of this run would say."""
+def _check_labels(
+    config: DistillConfig, index: ShardIndex, stored: TeacherRef, cards: Sequence[Card]
+) -> None:
+    """Raise RequestError for labels that are not what the teachers of this run would say."""
     if stored.sha256 != cards[0].sha256:
         raise RequestError(
             f"{config.data.shards} carries outputs of teacher {stored.name} ({stored.sha256[:12]}), and the "
@@ -323,11 +335,19 @@ def _check_stored_outputs(config: DistillConfig, stored: TeacherRef, cards: Sequ
             f"{config.data.shards} carries outputs of {stored.name} alone, and the run has "
             f"{len(cards)} teachers; use the shards without labels"
         )
-    if not isinstance(config.data.degradation, BicubicDegradation):
+    labels, degradation = index.carried, degradation_name(config.data.degradation)
+    if degradation != labels.degradation:
         raise RequestError(
-            f"{config.data.shards} carries the teacher's outputs for bicubic LR, and data.degradation "
-            f"{config.data.degradation.kind} makes another LR; use the shards without labels"
+            f"{config.data.shards} carries the teacher's outputs for {labels.degradation} LR, and "
+            f"data.degradation {degradation} makes another LR; use the shards without labels"
         )
+    wanted = stored_ranks(config.terms, index)
+    for tap in labels.taps:
+        if tap.tap in wanted and config.data.patch_size % tap.stride:
+            raise RequestError(
+                f"{config.data.shards}: features of {tap.tap} have a place for each {tap.stride} x "
+                f"{tap.stride} LR pixels, found data.patch_size {config.data.patch_size}; choose a multiple"
+            )
 
 
 def _check_goals(config: DistillConfig, cards: Sequence[Card]) -> None:
@@ -378,10 +398,14 @@ def _check_first_weights(config: RunConfig, card: Card) -> None:
 
 def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn.Module | None:
     """The teacher's network, unless the shards already carry all that the terms ask of it."""
-    is_stored = inputs.index.teacher is not None
-    if not inputs.teachers or (is_stored and not needs_live_teacher(config.terms)):
+    if not inputs.teachers:
         return None
     assert isinstance(config, DistillConfig)
+    missing = list(why_live(config.terms, inputs.index))
+    if not missing:
+        return None
+    if inputs.index.teacher is not None:
+        log.warning("the teacher runs in each step; the labels lack %s", "; ".join(missing))
     models = [load_model(teacher.uri, config.store).model for teacher in config.teachers]
     teacher = models[0] if len(models) == 1 else Ensemble(models, temperature=config.mix.temperature)
     return teacher.requires_grad_(False).to(device)

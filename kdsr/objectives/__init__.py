@@ -27,6 +27,8 @@ from kdsr.objectives.step import Parts, Step, Taps, Term, Wrap
 from kdsr.objectives.teachers import Ensemble
 from kdsr.objectives.upcycling import UpcyclingDistance
 from kdsr.pairs import PairBatch
+from kdsr.shards import features_column
+from kdsr.spec import ShardIndex
 from kdsr.terms import (
     AdversarialTerm,
     AffinityTerm,
@@ -40,6 +42,7 @@ from kdsr.terms import (
     OutputTerm,
     PixelTerm,
     StatisticsTerm,
+    TapPair,
     TappedTerm,
     TermConfig,
     UpcyclingTerm,
@@ -54,8 +57,11 @@ __all__ = [
     "Step",
     "Term",
     "build_objective",
+    "label_columns",
     "needs_live_teacher",
     "needs_teacher",
+    "stored_ranks",
+    "why_live",
 ]
 
 TERMS: Mapping[type[TermConfig], type[Term]] = {
@@ -73,6 +79,7 @@ TERMS: Mapping[type[TermConfig], type[Term]] = {
 }
 
 FIXED = FixedBalance()
+NOTHING: Mapping[str, int] = {}
 
 Losses = dict[str, Tensor]
 """Name of a term to its weighted value, a scalar; their sum is what is minimised."""
@@ -134,18 +141,23 @@ def build_objective(
     balance: Balance = FIXED,
     scale: int = 4,
     channels: int = 3,
+    stored: Mapping[str, int] = NOTHING,
     wrap: Wrap = lambda module: module,
 ) -> Objective:
     """The objective of a run. `wrap` makes `student`, and the terms that learn, data-parallel.
 
-    Raises RequestError for taps that do not exist.
+    `stored` are the taps of the teacher whose features come with each batch, and how many there are; the
+    teacher is then not looked into. Raises RequestError for taps that do not exist.
     """
-    tapped = [pair for config in terms if isinstance(config, TappedTerm) for pair in config.taps]
+    tapped = _tapped(terms)
     student_taps = teacher_taps = None
     if tapped:
         student_taps = Taps(student, [pair.student for pair in tapped], who="the student")
+    if tapped and not stored:
         if teacher is None:
-            raise RequestError("features are compared with those of a live teacher; found none")
+            raise RequestError(
+                "features are compared with those of a live teacher or stored ones; found none"
+            )
         looked_at = teacher.first if isinstance(teacher, Ensemble) else teacher
         teacher_taps = Taps(looked_at, [pair.teacher for pair in tapped], who="the teacher")
     parts = Parts(
@@ -153,7 +165,7 @@ def build_objective(
         scale=scale,
         channels=channels,
         student_widths=student_taps.widths(channels) if student_taps else {},
-        teacher_widths=teacher_taps.widths(channels) if teacher_taps else {},
+        teacher_widths=teacher_taps.widths(channels) if teacher_taps else stored,
     )
     run = wrap(student)
 
@@ -178,9 +190,57 @@ def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
     )
 
 
-def needs_live_teacher(terms: Sequence[DistillTerm]) -> bool:
-    """Whether any term looks at more of the teacher than its output for the batch."""
-    return any(isinstance(term, TappedTerm | UpcyclingTerm) for term in terms)
+def needs_live_teacher(terms: Sequence[DistillTerm], index: ShardIndex) -> bool:
+    """Whether any term looks at more of the teacher than the shards of `index` carry."""
+    return next(why_live(terms, index), None) is not None
+
+
+def why_live(terms: Sequence[DistillTerm], index: ShardIndex) -> Iterator[str]:
+    """What the terms ask of the teacher and the shards of `index` do not carry."""
+    if index.teacher is None:
+        if needs_teacher(terms):
+            yield "its output"
+        return
+    labels = index.carried
+    known = [stored.tap for stored in labels.taps]
+    yield from (f"features of {tap}" for tap in _teacher_taps(terms) if tap not in known)
+    upcycling = [term for term in terms if isinstance(term, UpcyclingTerm)]
+    if labels.zoom is None and any(term.zoom_in for term in upcycling):
+        yield "answers to zoomed-in inputs"
+    if any(term.zoom_out for term in upcycling):
+        yield "answers to reduced inputs, which are never stored (zoom_out)"
+
+
+def stored_ranks(terms: Sequence[DistillTerm], index: ShardIndex) -> dict[str, int]:
+    """How many features are stored of each tap that the terms ask for; none unless all of them are."""
+    ranks = {stored.tap: stored.rank for stored in index.carried.taps}
+    wanted = _teacher_taps(terms)
+    return {tap: ranks[tap] for tap in wanted} if wanted.keys() <= ranks.keys() else {}
+
+
+def label_columns(terms: Sequence[DistillTerm], index: ShardIndex) -> tuple[str, ...]:
+    """Columns of the shards that the terms read beside `image`."""
+    if index.teacher is None:
+        return ()
+    columns = [features_column(tap) for tap in stored_ranks(terms, index)]
+    if any(_asks_output(term) for term in terms):
+        columns.append("teacher_sr")
+    if any(isinstance(term, UpcyclingTerm) and term.zoom_in for term in terms):
+        columns.append("zoom")
+    return tuple(columns)
+
+
+def _asks_output(term: DistillTerm) -> bool:
+    return needs_teacher([term]) and not isinstance(term, TappedTerm | UpcyclingTerm)
+
+
+def _tapped(terms: Sequence[DistillTerm]) -> list[TapPair]:
+    return [pair for term in terms if isinstance(term, TappedTerm) for pair in term.taps]
+
+
+def _teacher_taps(terms: Sequence[DistillTerm]) -> dict[str, None]:
+    """Names without repetition, in the order of the terms."""
+    return dict.fromkeys(pair.teacher for pair in _tapped(terms))
 
 
 def _names(terms: Sequence[DistillTerm]) -> Iterator[str]:

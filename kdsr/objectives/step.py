@@ -108,7 +108,7 @@ class Step:
         """The teacher's output for another input, without a gradient, in [0, 1]. Raises RequestError."""
         if self._teacher is None:
             raise RequestError(
-                "a term needs the teacher itself, not its stored outputs; found none; set teacher.uri"
+                "a term needs the teacher itself, not what is stored of it; found none; set teacher.uri"
             )
         with torch.inference_mode():
             sr = self._teacher(lr)
@@ -125,8 +125,12 @@ class Step:
 
     @property
     def teacher_features(self) -> Mapping[str, Tensor]:
-        """The teacher's features for the batch, by the name of their tap."""
-        return self._taught[1]
+        """The teacher's features for the batch, by the name of their tap: stored, or live."""
+        if self._teacher_taps is not None:
+            return self._taught[1]
+        if self.pair.teacher_features is None:
+            raise RequestError("a term needs the teacher's features, and they are neither live nor stored")
+        return self.pair.teacher_features
 
     @cached_property
     def _taught(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -167,6 +171,7 @@ class Parts:
     student_widths: Mapping[str, int] = field(default_factory=dict)
     """Number of features of each of the student's taps."""
     teacher_widths: Mapping[str, int] = field(default_factory=dict)
+    """Number of features of each of the teacher's taps; of those that are stored, their rank."""
 
 
 class Term(nn.Module, ABC):

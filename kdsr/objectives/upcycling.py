@@ -55,10 +55,11 @@ class UpcyclingDistance(Term):
         return total
 
     def _zoom_in(self, step: Step) -> Tensor:
-        crop = self._crop(step.pair.hr, step.pair.lr.shape[-2:])
+        zoom = step.pair.zoom
+        crop = self._crop(step.pair.hr, step.pair.lr.shape[-2:]) if zoom is None else zoom.lr
         change = Change(*(bool(torch.rand(()) < self._config.probability) for _ in range(4)))
         answer = change.undo(step.upscale(change.apply(crop).contiguous()).float())
-        return F.l1_loss(answer, step.teach(crop))
+        return F.l1_loss(answer, step.teach(crop) if zoom is None else zoom.teacher_sr)
 
     def _crop(self, hr: Tensor, size: torch.Size) -> Tensor:
         """A part of HR that is as large as LR, at the same place for the whole batch."""

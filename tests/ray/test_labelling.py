@@ -6,9 +6,10 @@ import pytest
 
 from cluster.label import label
 from cluster.shard import shard
-from kdsr.config import LabelConfig, ShardConfig, TeacherConfig
+from kdsr.config import LabelConfig, ShardConfig, StoredFeatures, TeacherConfig
 from kdsr.errors import DataError
 from kdsr.shards import read_index
+from kdsr.spec import ZoomConfig
 from kdsr.store import open_store
 from tests.pictures import write_photographs
 
@@ -20,6 +21,8 @@ def test_a_broken_shard_is_named_and_no_index_is_left(ray_local: None, tmp_path:
         shards=str(tmp_path / "shards"),
         teacher=TeacherConfig(uri="edsr-small-x4"),
         output=str(tmp_path / "labelled"),
+        features=(StoredFeatures(tap="head", rank=4),),
+        zoom=ZoomConfig(num_crops=2, side=16),
     )
     key = read_index(open_store(config.shards)).shards[0].key
     whole = (tmp_path / "shards" / key).read_bytes()
@@ -28,4 +31,7 @@ def test_a_broken_shard_is_named_and_no_index_is_left(ray_local: None, tmp_path:
         label(config)
     assert not (tmp_path / "labelled/index.json").exists()
     (tmp_path / "shards" / key).write_bytes(whole)
-    assert label(config).teacher_scale == 4
+    labelled = label(config)
+    assert labelled.teacher_scale == 4 and labelled.labels is not None
+    assert [tap.rank for tap in labelled.labels.taps] == [4] and labelled.labels.zoom == config.zoom
+    assert label(config) == labelled

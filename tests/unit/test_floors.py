@@ -13,8 +13,8 @@ FLOORS = [
     "errors spec terms config cli provenance",
     "image codecs tiles store shards photos naming manifest progress",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
-    "fit training validation label upscale resize windows objects forecast evaluate report upscale_report "
-    "compress export",
+    "fit training validation observe label upscale resize windows objects forecast evaluate report "
+    "upscale_report compress export",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 HEAVY = {"torch", "ray", "pyarrow", "boto3", "PIL"}

@@ -11,7 +11,7 @@ from kdsr.config import BicubicDegradation, DataConfig
 from kdsr.degrade import build_degradation
 from kdsr.engine import Engine
 from kdsr.errors import RequestError
-from kdsr.label import label_shard, labelled_index, withdraw_index
+from kdsr.label import Labeller, label_shard, labelled_index, withdraw_index
 from kdsr.models import build_model
 from kdsr.pairs import PairMaker, PatchReader
 from kdsr.shards import read_index, read_row_group, verify, write_index
@@ -52,7 +52,9 @@ def place(tmp_path):
 def label(place, upscaler, *, sha256=CARD.sha256):
     source, index, target = place
     return [
-        label_shard(source, entry, target, upscaler=upscaler, teacher_sha256=sha256, row_group_bytes=1)
+        label_shard(
+            source, entry, target, labeller=Labeller(upscaler), teacher_sha256=sha256, row_group_bytes=1
+        )
         for entry in index.shards
     ]
 

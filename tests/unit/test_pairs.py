@@ -250,7 +250,7 @@ def test_without_augmentation_nothing_is_turned(tmp_path):
 
 def test_stored_outputs_are_left_where_nobody_wants_them(tmp_path):
     reader = reader_of(labelled(tmp_path), batch_size=4)
-    without = replace(reader, with_teacher_sr=False)
+    without = replace(reader, columns=("image",))
     (with_teacher,), (alone,) = take(reader, 1), take(without, 1)
     assert alone.teacher_sr is None and with_teacher.teacher_sr is not None
     assert np.array_equal(alone.hr, with_teacher.hr)
@@ -261,7 +261,7 @@ def test_shards_labelled_at_one_scale_can_train_another(tmp_path):
     hr = coded(1, 27, 40)
     store = open_store(f"file://{tmp_path}")
     place = store, write_set(store, [[row("a", hr, teacher_sr=hr[:24])]])
-    reader = replace(reader_of(place, scale=3, patch_size=9, batch_size=4), with_teacher_sr=False)
+    reader = replace(reader_of(place, scale=3, patch_size=9, batch_size=4), columns=("image",))
     assert take(reader, 1)[0].hr.shape == (4, 27, 27, 3)
 
 
