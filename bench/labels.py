@@ -9,7 +9,6 @@ the bundled teacher.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,9 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from kdsr import provenance, shards
 from kdsr.checkpoint import LoadedModel, load_model
@@ -46,11 +42,12 @@ from kdsr.store import Store, open_store
 from kdsr.terms import AffinityTerm, DistillTerm, OutputTerm, PixelTerm, TapPair, UpcyclingTerm
 from kdsr.upscale import Upscaler
 
+ROOT = Path(__file__).parents[1]
 TITLE = "A teacher that runs once"
 REMARKS = [
-    "Steps of a small student with the teacher live and with its stored answers, on the same shards; `ratio` is how "
-    "many stored steps take as long as a live one. `bytes_per_hr_pixel` is what the columns that a row reads add to "
-    "the shards, `share_of_shards` the same as a part of them."
+    "Steps of a small student with the teacher live and with its stored answers, on the same shards; `ratio` "
+    "is how many stored steps take as long as a live one. `bytes_per_hr_pixel` is what the columns that a row "
+    "reads add to the shards, `share_of_shards` the same as a part of them."
 ]
 STUDENT = {"num_features": 24, "num_layers": 5}
 

@@ -5,7 +5,7 @@ python jobs/label.py --shards out/shards --teacher.uri teacher.pt --output out/l
 Its output is always stored. `--features` adds features at taps, for terms that have some, and `--zoom` its
 answers to zoomed-in inputs, for upcycling:
 
-    --features '[{tap: trunk.7}, {tap: trunk, rank: 32}]' --zoom '{num_crops: 4, side: 64}'
+    --features '[{tap: trunk.7}, {tap: trunk, rank: 32}]' --zoom.num_crops 4 --zoom.side 64
 """
 
 from kdsr.cli import main

@@ -335,11 +335,11 @@ def _check_labels(
             f"{config.data.shards} carries outputs of {stored.name} alone, and the run has "
             f"{len(cards)} teachers; use the shards without labels"
         )
-    labels, degradation = index.carried, degradation_name(config.data.degradation)
-    if degradation != labels.degradation:
+    labels = index.carried
+    if degradation_name(config.data.degradation) != labels.degradation:
         raise RequestError(
             f"{config.data.shards} carries the teacher's outputs for {labels.degradation} LR, and "
-            f"data.degradation {degradation} makes another LR; use the shards without labels"
+            f"data.degradation {config.data.degradation.kind} makes another LR; use the shards without labels"
         )
     wanted = stored_ranks(config.terms, index)
     for tap in labels.taps:
