@@ -45,9 +45,9 @@ from kdsr.upscale import Upscaler
 ROOT = Path(__file__).parents[1]
 TITLE = "A teacher that runs once"
 REMARKS = [
-    "Steps of a small student with the teacher live and with its stored answers, on the same shards; `ratio` "
-    "is how many stored steps take as long as a live one. `bytes_per_hr_pixel` is what the columns that a row "
-    "reads add to the shards, `share_of_shards` the same as a part of them."
+    "Steps of a small student with the teacher live and with its stored answers, on the same shards; "
+    "`ratio` is how many stored steps take as long as a live one. `bytes_per_hr_pixel` is what the columns "
+    "that are read add to the shards, `share_of_shards` the same as a part of them."
 ]
 STUDENT = {"num_features": 24, "num_layers": 5}
 

@@ -156,7 +156,7 @@ def build_objective(
     if tapped and not stored:
         if teacher is None:
             raise RequestError(
-                "features are compared with those of a live teacher or stored ones; found none"
+                "features are compared with those of a live teacher; found none, and none are stored"
             )
         looked_at = teacher.first if isinstance(teacher, Ensemble) else teacher
         teacher_taps = Taps(looked_at, [pair.teacher for pair in tapped], who="the teacher")
