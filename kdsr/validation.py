@@ -145,7 +145,9 @@ def _heldout_rows(store: Store, index: ShardIndex) -> Iterator[shards.Row]:
         if entry.num_heldout_rows == 0:
             continue
         for group in range(len(entry.row_groups)):
-            yield from (row for row in shards.read_row_group(store, entry, group) if row.heldout)
+            yield from (
+                row for row in shards.read_row_group(store, entry, group, columns=("image",)) if row.heldout
+            )
 
 
 def _training_rows(store: Store, index: ShardIndex, limit: int) -> Iterator[shards.Row]:
@@ -154,7 +156,9 @@ def _training_rows(store: Store, index: ShardIndex, limit: int) -> Iterator[shar
     few = math.ceil(limit / len(groups))
     for number in np.random.default_rng(0).permutation(len(groups)):
         entry, group = groups[number]
-        rows = [row for row in shards.read_row_group(store, entry, group) if not row.heldout]
+        rows = [
+            row for row in shards.read_row_group(store, entry, group, columns=("image",)) if not row.heldout
+        ]
         yield from rows[:: max(1, len(rows) // few)][:few]
 
 
