@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from kdsr import shards
-from kdsr.config import DataConfig, RealWorldDegradation, StoredFeatures
+from kdsr.checkpoint import save_model
+from kdsr.config import DataConfig, DistillConfig, RealWorldDegradation, StoredFeatures, TeacherConfig
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
-from kdsr.errors import DataError, RequestError
+from kdsr.errors import DataError, KdsrError, RequestError
 from kdsr.label import (
     DEGRADATION,
     Labeller,
@@ -22,11 +23,12 @@ from kdsr.label import (
     zoom_places,
 )
 from kdsr.models import build_model
+from kdsr.models.imported import Imported
 from kdsr.objectives import build_objective, label_columns, needs_live_teacher, stored_ranks, why_live
 from kdsr.observe import Observer
 from kdsr.pairs import PairMaker, PatchReader
 from kdsr.shards import read_index, read_row_group, write_index
-from kdsr.spec import Card, EdsrSpec, EspcnSpec, ShardIndex, UnetSpec, ZoomConfig
+from kdsr.spec import Card, EdsrSpec, EspcnSpec, ImportedSpec, ShardIndex, UnetSpec, ZoomConfig
 from kdsr.store import open_store
 from kdsr.terms import (
     AdversarialTerm,
@@ -41,6 +43,7 @@ from kdsr.terms import (
     UpcyclingTerm,
     VariationalTerm,
 )
+from kdsr.training import check, train
 from kdsr.upscale import Upscaler
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
@@ -336,6 +339,15 @@ def test_taps_that_cannot_be_stored_are_refused_by_name(place, spec, tap, words)
         place.label([StoredFeatures(tap=tap)])
 
 
+def test_features_on_a_finer_grid_than_lr_are_refused(place):
+    layers = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.PixelShuffle(2))
+    place.model = Imported(ImportedSpec(scale=2, architecture="plain"), layers)
+    with pytest.raises(
+        RequestError, match=r"'network.1' of the teacher gives features of 64 x 64 for LR of 32"
+    ):
+        place.label([StoredFeatures(tap="network.1")])
+
+
 def test_features_beyond_float16_are_refused(place):
     with torch.no_grad():
         place.model.head.weight.mul_(1e6)
@@ -363,6 +375,42 @@ def test_only_columns_that_terms_ask_for_are_read(place):
     assert label_columns(AFFINITY, index) == ("teacher_features/trunk.0", "teacher_features/trunk")
     assert label_columns(ZOOM_IN, index) == ("zoom",)
     assert label_columns([PixelTerm()], index) == ()
+
+
+def distilling(place, tmp_path, terms, **fields):
+    return DistillConfig(
+        data=DataConfig(shards=place.target.uri, patch_size=8, patches_per_row=4),
+        student=STUDENT,
+        teacher=TeacherConfig(uri=f"{tmp_path}/teacher"),
+        terms=terms,
+        output=str(tmp_path / "runs"),
+        batch_size=4,
+        num_steps=2,
+        num_validation_images=0,
+        **fields,
+    )
+
+
+@pytest.fixture
+def forgotten(place, tmp_path):
+    """Shards that are labelled by a teacher whose weights are gone; its card is left."""
+    store = open_store(f"file://{tmp_path}/teacher")
+    place.card = save_model(store, place.model, CARD)
+    place.label(FEW, ZOOM)
+    store.delete("model.safetensors")
+    return place
+
+
+def test_a_run_whose_terms_are_all_stored_needs_no_weights_of_the_teacher(forgotten, tmp_path):
+    terms = (*OUTPUT, *AFFINITY[1:], *ZOOM_IN[1:], FeatureTerm(taps=TAPS))
+    *_, last = train(distilling(forgotten, tmp_path, terms, name="all"))
+    assert {"affinity", "features_l1", "upcycling", "output_l1"} <= last.metrics.keys()
+
+
+def test_a_tap_that_is_not_stored_asks_for_the_teacher_itself(forgotten, tmp_path):
+    other = AttentionTerm(taps=(TapPair(student="body.1", teacher="head"),))
+    with pytest.raises(KdsrError, match=r"model\.safetensors"):
+        check(distilling(forgotten, tmp_path, (PixelTerm(), other), name="other"))
 
 
 def test_a_degradation_is_named_by_all_that_it_does():
