@@ -42,11 +42,13 @@ def section(path: Path) -> str:
     lines += [""] * bool(content.get("remarks"))
     lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     lines += [f"| {' | '.join(row.get(name, '') for name in columns)} |" for row in rows]
-    return "\n".join([*lines, "", source(path, content), ""])
+    return "\n".join([*lines, "", *pictures(path), source(path, content), ""])
 
 
 def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a table; bench/bulk.py has named cases instead, and sums beside them."""
+    """The rows of a table; bench/bulk.py has named cases instead, jobs/compare.py sums its rows up."""
+    if "summary" in content:
+        return _compared(content["summary"])
     if "cases" not in content:
         return list(content["rows"])
     sums = {name: content.get(name) for name in ("loop_mpx_s", "startup_seconds")}
@@ -54,6 +56,24 @@ def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
         {"case": name, **_flat(case), **(sums if number == 0 else {})}
         for number, (name, case) in enumerate(content["cases"].items())
     ]
+
+
+def _compared(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each student and method: the mean over the benchmarks, each of them, and the cost."""
+    rows = []
+    for mean in (row for row in summary if row["benchmark"] == "mean"):
+        same = [row for row in summary if all(row[name] == mean[name] for name in ("student", "method"))]
+        each = {f"{row['benchmark']}_psnr_y": row["psnr_y"] for row in same if row is not mean}
+        shown = ("student", "num_parameters", "method", "seeds")
+        after = ("spread", "gain", "ssim_y", "steps_to_reference", "seconds_per_step", "peak_mb")
+        rows.append({**{n: mean[n] for n in shown}, **each, **{n: mean[n] for n in after}})
+    return rows
+
+
+def pictures(path: Path) -> list[str]:
+    """Those in docs/images whose names begin with that of the file."""
+    found = sorted((ROOT / "docs" / "images").glob(f"{path.stem}-*.png"))
+    return [line for each in found for line in (f"![{each.stem}](images/{each.name})", "")]
 
 
 def _mutations(content: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +118,8 @@ def cell(name: str, value: Any) -> str:
         return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
     if not isinstance(value, float):
         return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-    digits = {"psnr_y": 2, "ssim_y": 4, "gmacs_720p": 1, "ratio": 2}
+    digits = {"psnr_y": 2, "ssim_y": 4, "gmacs_720p": 1, "ratio": 2, "spread": 3, "seconds_per_step": 3}
+    digits |= {name: 2} if name.endswith("_psnr_y") else {}
     few = name.endswith(("_ms", "_mb", "_mpx_s", "_second", "seconds"))
     return f"{value:,.{digits.get(name, 1 if few else 4)}f}"
 

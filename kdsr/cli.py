@@ -334,6 +334,8 @@ def _type_name(annotation: Any) -> str:
         if _models_in(elements[0]):
             return "[{kind: ...}, ...]"
         return ",".join(_type_name(_plain(element)) for element in elements)
+    if get_origin(annotation) is dict:
+        return "{NAME: ...}"
     return {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}.get(annotation, str(annotation))
 
 
@@ -361,10 +363,12 @@ def _nearest(name: str, known: Mapping[str, str]) -> str:
 
 
 def _models_at(config_class: type[BaseModel], parts: Sequence[str | int]) -> list[type[BaseModel]]:
-    """Models that may stand at `parts`: names of fields, positions in lists, kinds of unions."""
+    """Models that may stand at `parts`: names of fields, positions in lists, keys, kinds of unions."""
     models: list[type[BaseModel]] = [config_class]
-    for part in parts:
+    for position, part in enumerate(parts):
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if _is_key(config_class, parts[: position + 1]):
+            continue
         if fields:
             models = [inner for field in fields for inner in _models_below(field.annotation)]
         elif isinstance(part, str):
@@ -372,8 +376,21 @@ def _models_at(config_class: type[BaseModel], parts: Sequence[str | int]) -> lis
     return models
 
 
+def _is_key(config_class: type[BaseModel], parts: Sequence[str | int]) -> bool:
+    """Whether the last of `parts` is a name that a person chose, in a field that maps names to models."""
+    if len(parts) < 2:
+        return False
+    models, name = _models_at(config_class, parts[:-2]), str(parts[-2])
+    fields = [model.model_fields[name] for model in models if name in model.model_fields]
+    return any(_is_mapping(field.annotation) for field in fields)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return any(get_origin(member) is dict for member in _members(annotation))
+
+
 def _models_below(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(_plain(annotation)) is tuple:
+    if get_origin(_plain(annotation)) in {tuple, dict}:
         return [model for element in get_args(_plain(annotation)) for model in _models_in(element)]
     return _models_in(annotation)
 
@@ -413,6 +430,7 @@ def _dotted(config_class: type[BaseModel], place: Sequence[str | int]) -> str:
         models = _models_at(config_class, place[:position])
         kinds = {_kind(model) for model in models}
         last = position == len(place) - 1
-        if last or part not in kinds or any(part in model.model_fields for model in models):
+        is_name = _is_key(config_class, place[: position + 1])
+        if last or is_name or part not in kinds or any(part in model.model_fields for model in models):
             parts.append(str(part))
     return ".".join(parts)

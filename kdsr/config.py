@@ -5,11 +5,12 @@ because workers run in other folders.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdsr.spec import Frozen, Goal, TrainableSpec, ZoomConfig
 from kdsr.terms import Balance, CriticTerm, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
@@ -236,27 +237,16 @@ class OptimizerConfig(Frozen):
     """The EMA is what is validated and saved; 0 turns it off."""
 
 
-class TrainingConfig(Frozen):
-    """What every training run has in common."""
+class BudgetConfig(Frozen):
+    """What a training may use and how it is looked after: the same for all runs that are compared."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run; the same name in the same output goes on where it stopped."""
-    output: Uri
-    """Folder or prefix that holds runs."""
     data: DataConfig
-    init_from: ModelReference | None = None
-    """Model of the same kind, of any scale, whose weights the network starts from."""
-    inherit: Literal["exact", "slice"] = "exact"
-    """What it takes: layers that agree in name and shape, or the strongest channels of a larger model."""
-    balance: Balance = FixedBalance()
-    """What keeps several terms in balance."""
     optimizer: OptimizerConfig = OptimizerConfig()
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of channels dropped before the last convolution in training; against over-fitting."""
     num_steps: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    """Patches in one step, over all workers together."""
-    seed: int = Field(default=0, ge=0)
+    """Patches in one step, over all workers of a run together."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the forward pass; auto takes bfloat16 where the device computes it natively."""
     log_every_steps: int = Field(default=50, ge=1)
@@ -270,6 +260,22 @@ class TrainingConfig(Frozen):
     """Names and terms of the training sets, for the model card."""
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+
+class TrainingConfig(BudgetConfig):
+    """What every training run has in common."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; the same name in the same output goes on where it stopped."""
+    output: Uri
+    """Folder or prefix that holds runs."""
+    init_from: ModelReference | None = None
+    """Model of the same kind, of any scale, whose weights the network starts from."""
+    inherit: Literal["exact", "slice"] = "exact"
+    """What it takes: layers that agree in name and shape, or the strongest channels of a larger model."""
+    balance: Balance = FixedBalance()
+    """What keeps several terms in balance."""
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _batch_divides_over_workers(self) -> Self:
@@ -383,7 +389,7 @@ class LabelConfig(Frozen):
         return self
 
 
-# ---------------------------------------------------------------- evaluation and upscaling
+# ---------------------------------------------------------------- evaluation
 
 
 class EvaluateConfig(Frozen):
@@ -399,6 +405,170 @@ class EvaluateConfig(Frozen):
     seed: int = 0
     """Of the bootstrap."""
     store: StoreConfig = StoreConfig()
+
+
+# ---------------------------------------------------------------- comparison of methods
+
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+"""Of a student or a method: no hyphen, so that the name of a cell can be taken apart."""
+
+
+class MethodConfig(Frozen):
+    """One way of training: what it has that the others have not. All else is that of the comparison."""
+
+    terms: DistillTerms = (PixelTerm(),)
+    balance: Balance = FixedBalance()
+    init_from: ModelReference | dict[Label, ModelReference] | None = None
+    """Weights to start from: one model for all students, or one for each by the student's name."""
+    inherit: Literal["exact", "slice"] = "exact"
+    teacher: TeacherConfig | None = None
+    """Another one than that of the comparison."""
+    co_teachers: tuple[TeacherConfig, ...] | None = None
+    mix: MixConfig | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    data: dict[str, Any] = Field(default={})
+    """Fields of `data` that differ."""
+    optimizer: dict[str, Any] = Field(default={})
+    """Fields of `optimizer` that differ."""
+
+    def first_weights(self, student: str) -> str | None:
+        """What `student` starts from. Raises ValueError when others are named and it is not."""
+        if not isinstance(self.init_from, dict):
+            return self.init_from
+        if student not in self.init_from:
+            raise ValueError(f"init_from names {', '.join(self.init_from)}, and not {student}; add it")
+        return self.init_from[student]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    student: str
+    method: str
+    seed: int
+    config: DistillConfig
+
+    @property
+    def name(self) -> str:
+        """That of the run."""
+        return self.config.name
+
+
+class CompareConfig(BudgetConfig):
+    """Train students by several methods with several seeds under one budget, and compare what they reach."""
+
+    output: Uri
+    """Folder or prefix of the runs, the table and the pictures; a rerun does what is missing."""
+    benchmark: tuple[Uri, ...] = Field(min_length=1)
+    """Folder with HR/ and, optionally, LR/ of the same names; may be given several times."""
+    students: dict[Label, TrainableSpec] = Field(min_length=1)
+    """Networks by name."""
+    methods: dict[Label, MethodConfig] = Field(min_length=1)
+    """Ways of training by name; each says only what differs."""
+    reference: str = "alone"
+    """The method that gains are counted from."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    """Of first weights and of the order of the data; all of the first come before any of the second."""
+    teacher: TeacherConfig
+    co_teachers: tuple[TeacherConfig, ...] = ()
+    mix: MixConfig = MixConfig()
+    only_student: tuple[str, ...] = ()
+    """Train only these now; what others have reached is shown all the same."""
+    only_method: tuple[str, ...] = ()
+    only_seed: tuple[int, ...] = ()
+    measure_cost: bool = True
+    """Measure time and memory of each method after the training, with nothing beside it."""
+    cost_steps: int = Field(default=20, ge=2)
+    """Steps that are measured; they run through all that weights do over a whole run."""
+    retry_failed: bool = False
+    """Also the cells that failed in earlier starts."""
+    render_only: bool = False
+    """Train nothing: table and pictures of what there is."""
+
+    def cell(self, student: str, method: str, seed: int) -> Cell:
+        """One run with everything it is asked. Raises ValueError, naming it, for one that cannot be."""
+        name = f"{student}-{method}-{seed}"
+        try:
+            return Cell(
+                student, method, seed, DistillConfig(**self._fields(student, method), name=name, seed=seed)
+            )
+        except ValidationError as error:
+            raise ValueError(f"{name}: {_sentences(error)}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def cells(self) -> tuple[Cell, ...]:
+        """All runs, one seed after the other, so that what is there first is comparable already."""
+        return tuple(
+            self.cell(student, method, seed)
+            for seed in self.seeds
+            for student in self.students
+            for method in self.methods
+        )
+
+    def is_selected(self, cell: Cell) -> bool:
+        """Whether this start is to train it."""
+        chosen = (
+            (cell.student, self.only_student),
+            (cell.method, self.only_method),
+            (cell.seed, self.only_seed),
+        )
+        return all(not only or value in only for value, only in chosen)
+
+    def _fields(self, student: str, method: str) -> dict[str, Any]:
+        """Fields of a run, whatever its seed."""
+        own = self.methods[method]
+        fields = {name: getattr(self, name) for name in BudgetConfig.model_fields}
+        fields |= {name: getattr(own, name) for name in ("terms", "balance", "inherit")}
+        for name in ("teacher", "co_teachers", "mix", "dropout"):
+            given = getattr(own, name)
+            fields[name] = getattr(self, name) if given is None else given
+        return fields | {
+            "output": f"{self.output}/runs",
+            "student": self.students[student],
+            "init_from": own.first_weights(student),
+            "data": self.data.model_dump() | own.data,
+            "optimizer": self.optimizer.model_dump() | own.optimizer,
+            # A run has one worker; `num_workers` of them go side by side.
+            "cluster": self.cluster.model_copy(update={"num_workers": 1}),
+        }
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        named: list[tuple[str, Iterable[Any], Iterable[Any]]] = [
+            ("reference", [self.reference], self.methods),
+            ("only_method", self.only_method, self.methods),
+            ("only_student", self.only_student, self.students),
+            ("only_seed", self.only_seed, self.seeds),
+        ]
+        for method, own in self.methods.items():
+            if isinstance(own.init_from, dict):
+                named.append((f"methods.{method}.init_from", own.init_from, self.students))
+        for field, names, known in named:
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{field} {name} is not one of {', '.join(map(str, known))}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {', '.join(map(str, self.seeds))}: one is given twice; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _every_cell_is_a_run(self) -> Self:
+        self.cells()
+        return self
+
+
+def _sentences(error: ValidationError) -> str:
+    """What is wrong with a run that a person has not written down as a whole."""
+    return "; ".join(
+        ": ".join(filter(None, [".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")]))
+        for each in error.errors(include_url=False)
+    )
+
+
+# ---------------------------------------------------------------- upscaling
 
 
 OutputFormat = Literal["jpeg", "png", "webp", "tiff", "avif", "gif", "bmp", "ppm"]

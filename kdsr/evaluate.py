@@ -354,14 +354,16 @@ def enter_all(
 
 
 def enter(name: str, model: SrModel, *, precision: Precision) -> Contestant:
-    """`model` on the fastest device of this machine, and what it costs there.
-
-    A network for grey images is given luma, and its output is compared with the luma of HR.
-    """
-    upscaler = Upscaler(Engine(model, device=device_name(), precision=precision))
-    upscale = upscaler.upscale if model.spec.channels == 3 else _on_grey(upscaler.upscale)
+    """`model` on the fastest device of this machine, and what it costs there."""
+    upscale = upscaling(model, device=device_name(), precision=precision)
     cost = Cost(num_parameters(model), count_macs(model) / 1e9, measure_speed(upscale))
     return Contestant(name, upscale, cost)
+
+
+def upscaling(model: SrModel, *, device: str, precision: Precision = "float32") -> Upscale:
+    """How `model` upscales RGB: a network for grey images is given luma, and measured on luma alone."""
+    upscale = Upscaler(Engine(model, device=device, precision=precision)).upscale
+    return upscale if model.spec.channels == 3 else _on_grey(upscale)
 
 
 def _on_grey(upscale: Upscale) -> Upscale:

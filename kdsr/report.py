@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 from kdsr import codecs, provenance
-from kdsr.evaluate import BICUBIC, Crop, Panel, Result, RoundResult, device_name, psnr_differences
+from kdsr.evaluate import BICUBIC, Crop, Interval, Panel, Result, RoundResult, device_name, psnr_differences
 from kdsr.store import Store
 
 RESULTS_KEY, PER_IMAGE_KEY = "results.json", "per_image.csv"
@@ -101,14 +101,18 @@ def markdown_table(rounds: Sequence[RoundResult]) -> str:
     header = ["model", "scale", "benchmark", "images", "PSNR-Y", "SSIM-Y", "vs first (95 %)"]
     header += ["parameters", "GMAC (720p)", "Mpx/s"]
     lines = [header, *(_cells(each, result) for each in rounds for result in each.results)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    left = (0, 2)
+    return aligned(lines, left=(0, 2))
+
+
+def aligned(lines: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
+    """Cells as a Markdown table, the header first; columns in `left` begin together, others end together."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    aligned = [
+    padded = [
         [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [aligned[0], rule, *aligned[1:]])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
 
 
 def _cells(measured: RoundResult, result: Result) -> list[str]:
@@ -128,9 +132,13 @@ def _cells(measured: RoundResult, result: Result) -> list[str]:
 
 
 def _versus(result: Result) -> str:
-    if result.vs_first is None:
-        return "-"
-    return f"{result.vs_first.mean:+.2f} ({result.vs_first.low:+.2f} to {result.vs_first.high:+.2f})"
+    return "-" if result.vs_first is None else span(result.vs_first, digits=2)
+
+
+def span(interval: Interval, *, digits: int) -> str:
+    """A gain in dB and its interval, for people."""
+    mean, low, high = (f"{value:+.{digits}f}" for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} ({low} to {high})"
 
 
 def decibels(psnr: float) -> str:

@@ -9,6 +9,8 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,13 @@ from kdsr.checkpoint import (
     require_teacher_spec,
     save_model,
 )
-from kdsr.config import DistillConfig, TeacherTrainingConfig
+from kdsr.config import (
+    Degradation,
+    DistillConfig,
+    StoreConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+)
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
@@ -138,25 +146,14 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     under the run's name. Raises NonFiniteLoss with the last good checkpoint kept.
     """
     inputs = check(config)
-    torch.manual_seed(config.seed)
-    state = _start(config, worker.device)
-    objective = _objective(config, inputs, state, worker)
-    state.train_too(objective)
+    state, objective = _begin(config, inputs, worker)
     states, history = StateStore(_run_store(config)), History(_run_store(config))
     if (latest := states.load("latest")) is not None:
         state.load_state_dict(latest)
     history.resume(state.step)
     if worker.rank == 0:
         _run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
-    reports = fit(
-        state,
-        objective,
-        _pairs(config, inputs, state.cursor, worker),
-        until_step=config.num_steps,
-        seed=mixed_seed(config.seed, worker.rank),
-        autocast=autocast_type(config.precision, worker.device),
-        after_step=objective.after_step,
-    )
+    reports = _fit(config, state, objective, _pairs(config, inputs, state.cursor, worker), worker)
     validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
     try:
         yield from _consume(config, worker, state, reports, states, history, validate)
@@ -164,6 +161,19 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
         history.close()
     if worker.rank == 0:
         _export(config, inputs, worker, states, history)
+
+
+def rehearse(
+    config: RunConfig, worker: Worker = Worker(), *, num_batches: int = 4
+) -> tuple[TrainState, Iterator[StepReport]]:
+    """A run that leaves nothing behind and never waits for data, to measure its steps.
+
+    It takes a few batches, read before it begins, again and again. Raises what `check` raises.
+    """
+    inputs = check(config)
+    state, objective = _begin(config, inputs, worker)
+    batches = list(islice(_pairs(config, inputs, state.cursor, worker), num_batches))
+    return state, _fit(config, state, objective, cycle(batches), worker)
 
 
 def _consume(
@@ -230,6 +240,33 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def _begin(config: RunConfig, inputs: Inputs, worker: Worker) -> tuple[TrainState, Objective]:
+    """A run that has not begun, the same for the same seed."""
+    torch.manual_seed(config.seed)
+    state = _start(config, worker.device)
+    objective = _objective(config, inputs, state, worker)
+    state.train_too(objective)
+    return state, objective
+
+
+def _fit(
+    config: RunConfig,
+    state: TrainState,
+    objective: Objective,
+    batches: Iterator[tuple[PairBatch, Cursor]],
+    worker: Worker,
+) -> Iterator[StepReport]:
+    return fit(
+        state,
+        objective,
+        batches,
+        until_step=config.num_steps,
+        seed=mixed_seed(config.seed, worker.rank),
+        autocast=autocast_type(config.precision, worker.device),
+        after_step=objective.after_step,
+    )
 
 
 def _start(config: RunConfig, device: torch.device) -> TrainState:
@@ -306,18 +343,24 @@ def _check_networks(config: DistillConfig) -> None:
 
     Where only what is stored of it is used, labelling has tried it.
     """
+    for teacher in config.teachers:
+        _require_teaching(teacher, config.data.degradation, config.store)
     names = [pair.teacher for term in config.terms if isinstance(term, TappedTerm) for pair in term.taps]
-    for number, teacher in enumerate(config.teachers):
-        loaded = load_model(teacher.uri, config.store)
-        require_better_than_bicubic(
-            loaded,
-            degradation=config.data.degradation,
-            trained_for=teacher.trained_for,
-            force=teacher.force,
-        )
-        if number == 0:
-            taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
-            taps.widths(config.student.channels)
+    if names:
+        loaded = load_model(config.teacher.uri, config.store)
+        taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
+        taps.widths(config.student.channels)
+
+
+@lru_cache(maxsize=8)
+def _require_teaching(teacher: TeacherConfig, degradation: Degradation, store: StoreConfig) -> None:
+    """Asked once a process: many runs may share a teacher, and a large one takes seconds to answer."""
+    require_better_than_bicubic(
+        load_model(teacher.uri, store),
+        degradation=degradation,
+        trained_for=teacher.trained_for,
+        force=teacher.force,
+    )
 
 
 def _check_labels(
@@ -550,21 +593,25 @@ def _require_same_run(store: Store, config: RunConfig) -> None:
         before = json.loads(store.get("config.json"))
     except KeyNotFound:
         return
+    if changed := changed_settings(config, before):
+        raise RequestError(
+            f"run {config.name} in {config.output} was begun with other settings ({'; '.join(changed)}); "
+            f"choose another name, or delete {store.uri}"
+        )
+
+
+def changed_settings(config: RunConfig, before: Any) -> list[str]:
+    """What makes `config` another run than the saved config `before`, a sentence for each field."""
     # Fields that are newer than the run had their default.
     with contextlib.suppress(ValidationError):
         before = type(config).model_validate(before).model_dump(mode="json")
     now = json.loads(config.model_dump_json())
     old, new = dict(_settings(before)), dict(_settings(now))
-    changed = [
+    return [
         f"{name}: was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-    if changed:
-        raise RequestError(
-            f"run {config.name} in {config.output} was begun with other settings ({'; '.join(changed)}); "
-            f"choose another name, or delete {store.uri}"
-        )
 
 
 def _settings(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

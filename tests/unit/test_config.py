@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 import kdsr.config
 from kdsr.cli import parse
 from kdsr.config import (
+    CompareConfig,
     Degradation,
     DistillConfig,
     EvaluateConfig,
@@ -38,6 +39,14 @@ SMALLEST = {
     TeacherTrainingConfig: {**RUN, "model": {"kind": "edsr", "scale": 2}},
     DistillConfig: {**RUN, "student": STUDENT, "teacher": {"uri": "edsr-x4"}},
     LabelConfig: {"shards": "a", "output": "b", "teacher": {"uri": "edsr-x4"}},
+    CompareConfig: {
+        "output": "a",
+        "benchmark": ["Set5"],
+        "data": {"shards": "shards"},
+        "teacher": {"uri": "edsr-x4"},
+        "students": {"small": STUDENT},
+        "methods": {"alone": {}},
+    },
     EvaluateConfig: {"model": ["bicubic"], "benchmark": ["Set5"], "output": "c"},
     UpscaleConfig: {"input": "a", "output": "b", "model": "photo-x4"},
 }
@@ -79,6 +88,7 @@ CLASS_OF_PREFIX = {
     "train": TeacherTrainingConfig,
     "distill": DistillConfig,
     "label": LabelConfig,
+    "compare": CompareConfig,
     "evaluate": EvaluateConfig,
     "upscale": UpscaleConfig,
 }

@@ -21,6 +21,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "train_teacher": config.TeacherTrainingConfig,
     "label": config.LabelConfig,
     "distill": config.DistillConfig,
+    "compare": config.CompareConfig,
     "evaluate": config.EvaluateConfig,
     "upscale": config.UpscaleConfig,
     "demo": config.DemoConfig,

@@ -14,7 +14,7 @@ FLOORS = [
     "image codecs tiles store shards photos naming manifest progress",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation observe label upscale resize windows objects forecast evaluate report "
-    "upscale_report compress export",
+    "upscale_report compare compare_summary compare_report plots compress export",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 HEAVY = {"torch", "ray", "pyarrow", "boto3", "PIL"}
@@ -68,6 +68,7 @@ def test_a_module_imports_its_own_floor_or_a_lower_one(source):
         ("boto3", {"kdsr/store.py"}),
         ("botocore", {"kdsr/store.py"}),
         ("PIL", {"kdsr/codecs", "kdsr/report.py"}),
+        ("matplotlib", {"kdsr/plots.py"}),
         ("spandrel", {"kdsr/checkpoint.py", "kdsr/models"}),
         ("torch", {"kdsr", "cluster"}),
     ],
