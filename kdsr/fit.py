@@ -93,7 +93,10 @@ class TrainState:
 
 
 def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> TrainState:
-    """A run that has not begun. Weight decay is for kernels and matrices of `model`, and nothing else."""
+    """A run that has not begun. Weight decay is for kernels and matrices of `model`, and nothing else.
+
+    Parameters that ask for no gradient stay what they are.
+    """
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     optimizer = kind(
         _groups(model, config.weight_decay),
@@ -110,6 +113,8 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         shapes = weight_decay > 0 and parameter.dim() > 1 and "bias" not in name.rpartition(".")[-1]
         (decaying if shapes else others).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": weight_decay}, {"params": others}]

@@ -3,7 +3,7 @@
 Plain frozen data with a JSON form. Knows no torch and no ray.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,9 @@ class Frozen(BaseModel):
 class NetworkSpec(Frozen):
     """What networks have in common."""
 
+    extractor: ClassVar[str] = ""
+    """Submodule that makes the first features out of LR, which a teacher can share; empty for none."""
+
     @property
     def taps(self) -> tuple[str, ...]:
         """Submodules whose outputs (B, F, h', w') can be read, first to last, each under its own name."""
@@ -34,6 +37,7 @@ class NetworkSpec(Frozen):
 class EdsrSpec(NetworkSpec):
     """EDSR: residual blocks without normalisation, pixel-shuffle tail (Lim et al., CVPRW 2017)."""
 
+    extractor: ClassVar[str] = "head"
     kind: Literal["edsr"] = "edsr"
     scale: Literal[2, 3, 4]
     channels: Channels = 3
@@ -50,6 +54,7 @@ class EdsrSpec(NetworkSpec):
 class RepChainSpec(NetworkSpec):
     """A chain of 3x3 convolutions whose training-time branches fold into one convolution per layer."""
 
+    extractor: ClassVar[str] = "layers.0"
     kind: Literal["rep_chain"] = "rep_chain"
     scale: Literal[2, 3, 4]
     channels: Channels = 3
@@ -70,6 +75,7 @@ class RepChainSpec(NetworkSpec):
 class MobileSpec(NetworkSpec):
     """Inverted residuals with depthwise 3x3, no normalisation (Sandler et al., MobileNetV2, CVPR 2018)."""
 
+    extractor: ClassVar[str] = "head"
     kind: Literal["mobile"] = "mobile"
     scale: Literal[2, 3, 4]
     channels: Channels = 3
@@ -87,6 +93,7 @@ class MobileSpec(NetworkSpec):
 class ShuffleSpec(NetworkSpec):
     """Channel split, depthwise 3x3, channel shuffle (Ma et al., ShuffleNet V2, ECCV 2018)."""
 
+    extractor: ClassVar[str] = "head"
     kind: Literal["shuffle"] = "shuffle"
     scale: Literal[2, 3, 4]
     channels: Channels = 3
@@ -103,6 +110,7 @@ class ShuffleSpec(NetworkSpec):
 class MultiScaleSpec(NetworkSpec):
     """Depthwise 3x3, 5x5 and 7x7 as local attention, after SAFMN (ICCV 2023) and SMFANet (ECCV 2024)."""
 
+    extractor: ClassVar[str] = "head"
     kind: Literal["multi_scale"] = "multi_scale"
     scale: Literal[2, 3, 4]
     channels: Channels = 3
@@ -113,6 +121,32 @@ class MultiScaleSpec(NetworkSpec):
     def taps(self) -> tuple[str, ...]:
         """The head and each block; the long residual is added behind the last."""
         return ("head", *(f"blocks.{block}" for block in range(self.num_blocks)))
+
+
+class DamSpec(NetworkSpec):
+    """Domain-aware attention: residual convolutions whose gains depend on statistics of the neighbourhood.
+
+    All of it is local, and its extractor can be shared by teacher and student. See `kdsr/models/dam.py`.
+    """
+
+    extractor: ClassVar[str] = "extractor"
+    kind: Literal["dam"] = "dam"
+    scale: Literal[2, 3, 4]
+    channels: Channels = 3
+    num_features: int = Field(default=24, ge=4)
+    num_blocks: int = Field(default=4, ge=1)
+    num_domains: int = Field(default=4, ge=2)
+    """Kinds of places (flat, edge, texture, ...) that are told apart."""
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The extractor, each block, and how likely each place of a block belongs to each domain."""
+        blocks = range(self.num_blocks)
+        return (
+            "extractor",
+            *(f"blocks.{block}" for block in blocks),
+            *(f"blocks.{block}.attention.domains" for block in blocks),
+        )
 
 
 class FsrcnnSpec(NetworkSpec):
@@ -284,6 +318,7 @@ ModelSpec = Annotated[
     | MobileSpec
     | ShuffleSpec
     | MultiScaleSpec
+    | DamSpec
     | FsrcnnSpec
     | EspcnSpec
     | SrresnetSpec
@@ -301,6 +336,7 @@ TrainableSpec = Annotated[
     | MobileSpec
     | ShuffleSpec
     | MultiScaleSpec
+    | DamSpec
     | FsrcnnSpec
     | EspcnSpec
     | SrresnetSpec

@@ -6,6 +6,7 @@ SMALL: dict[str, dict[str, int]] = {
     "mobile": {"num_features": 8, "num_blocks": 2},
     "shuffle": {"num_features": 8, "num_blocks": 3},
     "multi_scale": {"num_features": 8, "num_blocks": 2},
+    "dam": {"num_features": 8, "num_blocks": 2},
     "fsrcnn": {"num_features": 8, "num_shrunk_features": 4, "num_mapping_layers": 2},
     "espcn": {"num_features": 8},
     "srresnet": {"num_features": 8, "num_blocks": 2},

@@ -7,14 +7,15 @@ from torch import nn
 from kdsr.models.before_shuffle import BeforeShuffle
 from kdsr.models.bicubic import Bicubic
 from kdsr.models.contract import SrModel
+from kdsr.models.dam import Dam
 from kdsr.models.dropout import drop_channels
 from kdsr.models.edsr import Edsr
 from kdsr.models.espcn import Espcn
 from kdsr.models.fsrcnn import Fsrcnn
-from kdsr.models.inherit import refit, require_slice, slice_weights
+from kdsr.models.inherit import refit, require_shareable, require_slice, shared_extractor, slice_weights
 from kdsr.models.mobile import Mobile
 from kdsr.models.multi_scale import MultiScale
-from kdsr.models.rep_chain import RepChain
+from kdsr.models.rep_chain import RepChain, RepConv
 from kdsr.models.rrdbnet import Rrdbnet
 from kdsr.models.shuffle import Shuffle
 from kdsr.models.srresnet import Srresnet
@@ -22,6 +23,7 @@ from kdsr.models.swin_light import SwinLight
 from kdsr.models.unet import Unet
 from kdsr.spec import (
     BicubicSpec,
+    DamSpec,
     EdsrSpec,
     EspcnSpec,
     Frozen,
@@ -47,7 +49,9 @@ __all__ = [
     "inherit_slice",
     "inherit_weights",
     "num_parameters",
+    "require_shareable",
     "require_slice",
+    "share_extractor",
 ]
 
 MODELS: Mapping[type[Frozen], type[SrModel]] = {
@@ -56,6 +60,7 @@ MODELS: Mapping[type[Frozen], type[SrModel]] = {
     MobileSpec: Mobile,
     ShuffleSpec: Shuffle,
     MultiScaleSpec: MultiScale,
+    DamSpec: Dam,
     FsrcnnSpec: Fsrcnn,
     EspcnSpec: Espcn,
     SrresnetSpec: Srresnet,
@@ -102,6 +107,20 @@ def inherit_slice(model: SrModel, source: SrModel) -> int:
     if isinstance(model, RepChain) and isinstance(folded, RepChain) and folded is not model:
         model.inherit(folded)
     return taken
+
+
+def share_extractor(model: SrModel, source: SrModel) -> None:
+    """Give `model` the extractor of `source`, or the strongest channels of it, and let it learn no more.
+
+    Raises RequestError where `require_shareable` does.
+    """
+    taken = shared_extractor(fold(model), fold(source))
+    extractor = model.get_submodule(model.spec.extractor)
+    if isinstance(extractor, RepConv):
+        extractor.set_single(taken["weight"], taken["bias"])
+    else:
+        extractor.load_state_dict(taken)
+    extractor.requires_grad_(False)
 
 
 def num_parameters(model: nn.Module) -> int:

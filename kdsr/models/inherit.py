@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from kdsr.errors import RequestError
 from kdsr.models.contract import SrModel
+from kdsr.models.dam import squeezed_width
 from kdsr.models.multi_scale import KERNEL_SIZES, dense_width, kernel_widths
-from kdsr.spec import EdsrSpec, Frozen, MobileSpec, ModelSpec, MultiScaleSpec, RepChainSpec
+from kdsr.spec import DamSpec, EdsrSpec, Frozen, MobileSpec, ModelSpec, MultiScaleSpec, RepChainSpec
 
 NUM_LEAVES = 300
 MOST_POSITIONS = 64
@@ -77,6 +78,16 @@ def slice_weights(model: SrModel, source: SrModel) -> tuple[Plan, int]:
     """
     require_slice(model.spec, source.spec)
     own, given = model.state_dict(), source.state_dict()
+    plan = _plan(model, source)
+    cut = {name: plan.cut(name, given[origin]) for name, origin in plan.origins.items()}
+    fitting = {name: tensor for name, tensor in cut.items() if tensor.shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    return replace(plan, origins={name: plan.origins[name] for name in fitting}), len(fitting)
+
+
+def _plan(model: SrModel, source: SrModel) -> Plan:
+    """The strongest channels of `source`, as many of each group as `model` has."""
+    own, given = model.state_dict(), source.state_dict()
     layout, larger = _layout(model.spec), _layout(source.spec)
     origins = {name: _origin(name, layout, larger) for name in layout.tensors}
     origins = {name: origin for name, origin in origins.items() if origin in given and name in own}
@@ -87,13 +98,24 @@ def slice_weights(model: SrModel, source: SrModel) -> tuple[Plan, int]:
         for part, wanted in zip(axis, wanted_axis, strict=True)
     }
     scores = _scores({origin: given[origin] for origin in origins.values()}, larger)
-    plan = Plan(
-        origins, larger.tensors, {group: _largest(scores[group], size) for group, size in sizes.items()}
-    )
-    cut = {name: plan.cut(name, given[origin]) for name, origin in origins.items()}
-    fitting = {name: tensor for name, tensor in cut.items() if tensor.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
-    return replace(plan, origins={name: origins[name] for name in fitting}), len(fitting)
+    chosen = {group: _largest(scores[group], size) for group, size in sizes.items()}
+    return Plan(origins, larger.tensors, chosen)
+
+
+def shared_extractor(model: SrModel, source: SrModel) -> dict[str, Tensor]:
+    """What `model` takes as its extractor of that of `source`, both folded, by the name within it.
+
+    All of it where the widths are equal, or else the channels that a slice of the whole network would have.
+    Raises RequestError where `require_shareable` does.
+    """
+    require_shareable(model.spec, source.spec)
+    prefix = f"{model.spec.extractor}."
+    own, given = model.state_dict(), source.state_dict()
+    names = [name for name in own if name.startswith(prefix)]
+    if any(own[name].shape != given[name].shape for name in names):
+        plan = _plan(model, source)
+        given = {name: plan.cut(name, given[name]) for name in names}
+    return {name.removeprefix(prefix): given[name] for name in names}
 
 
 @torch.no_grad()
@@ -170,27 +192,49 @@ def dead_leaves(channels: int) -> Tensor:
 
 def require_slice(spec: ModelSpec, source: ModelSpec) -> None:
     """Raise RequestError, naming what does not fit, unless `spec` can be cut out of `source`."""
-    if spec.kind != source.kind:
-        raise RequestError(
-            f"expected a network of kind {spec.kind}, found {source.kind}; take a model of the same kind"
-        )
+    require_kind(spec, source)
     if type(spec) not in LAYOUTS:
         known = ", ".join(kind.model_fields["kind"].default for kind in LAYOUTS)
         raise RequestError(
             f"a {spec.kind} cannot be cut out of a larger one; take one of {known}, or inherit exact"
         )
-    if spec.channels != source.channels:
-        raise RequestError(
-            f"expected a {spec.kind} of channels {spec.channels}, found {source.channels}; take a model for "
-            f"the same images"
-        )
-    for what in ("num_features", "num_blocks", "num_layers", "expansion"):
+    for what in ("num_features", "num_blocks", "num_layers", "expansion", "num_domains"):
         wanted, found = getattr(spec, what, 0), getattr(source, what, 0)
         if wanted > found and not (what == "expansion" and spec.kind == "rep_chain"):
             raise RequestError(
                 f"expected a {spec.kind} of {what} {wanted} or more, found {found}; take a larger model, or "
                 f"make {what} at most {found}"
             )
+
+
+def require_shareable(spec: ModelSpec, source: ModelSpec) -> None:
+    """Raise RequestError, naming what does not fit, unless `spec` can have the extractor of `source`."""
+    if not spec.extractor:
+        raise RequestError(
+            f"a {spec.kind} has no extractor that a teacher could share; take a student of another kind, or "
+            f"set share_extractor to false"
+        )
+    require_kind(spec, source)
+    wide, wanted = (getattr(which, "num_features", 0) for which in (source, spec))
+    if wanted > wide or (wanted < wide and type(spec) not in LAYOUTS):
+        expected = f"{wanted} or more" if type(spec) in LAYOUTS else str(wanted)
+        raise RequestError(
+            f"expected a {spec.kind} of num_features {expected} to share its extractor, found {wide}; make "
+            f"the student's num_features {'at most ' if wanted > wide else ''}{wide}"
+        )
+
+
+def require_kind(spec: ModelSpec, source: ModelSpec) -> None:
+    """Raise RequestError unless both are of one kind and for the same images."""
+    if spec.kind != source.kind:
+        raise RequestError(
+            f"expected a network of kind {spec.kind}, found {source.kind}; take a model of the same kind"
+        )
+    if spec.channels != source.channels:
+        raise RequestError(
+            f"expected a {spec.kind} of channels {spec.channels}, found {source.channels}; take a model for "
+            f"the same images"
+        )
 
 
 def _origin(name: str, layout: Layout, larger: Layout) -> str:
@@ -318,11 +362,36 @@ def _mixing(spec: MultiScaleSpec, block: int, stream: Axis) -> dict[str, Axes]:
     return tensors | _convolution(f"{name}.project", stream, (given, rest))
 
 
+def _dam(spec: DamSpec) -> Layout:
+    stream: Axis = (Part("stream", spec.num_features),)
+    tensors = _convolution("extractor.first", stream, WHOLE) | _convolution("tail", WHOLE, stream)
+    tensors |= _convolution("extractor.refine", stream, stream)
+    for block in range(spec.num_blocks):
+        hidden: Axis = (Part(f"hidden.{block}", spec.num_features),)
+        tensors |= _convolution(f"blocks.{block}.first", hidden, stream)
+        tensors |= _convolution(f"blocks.{block}.second", stream, hidden)
+        tensors |= _domains(spec, block, stream)
+    return Layout(tensors, "blocks.", spec.num_blocks)
+
+
+def _domains(spec: DamSpec, block: int, stream: Axis) -> dict[str, Axes]:
+    """Means and deviations of the same channels lie behind one another."""
+    squeezed = Part(f"squeezed.{block}", squeezed_width(spec.num_features))
+    statistics: Axis = (squeezed, squeezed)
+    domains: Axis = (Part(f"domains.{block}", spec.num_domains),)
+    name = f"blocks.{block}.attention"
+    tensors = _convolution(f"{name}.squeeze", (squeezed,), stream)
+    tensors |= _convolution(f"{name}.around", statistics, WHOLE)
+    tensors |= _convolution(f"{name}.assign", domains, statistics)
+    return tensors | _convolution(f"{name}.gains", stream, domains)
+
+
 LAYOUTS: Mapping[type[Frozen], Callable[..., Layout]] = {
     EdsrSpec: _edsr,
     RepChainSpec: _rep_chain,
     MobileSpec: _mobile,
     MultiScaleSpec: _multi_scale,
+    DamSpec: _dam,
 }
 
 

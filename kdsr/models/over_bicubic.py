@@ -7,19 +7,28 @@ from torch import Tensor, nn
 
 from kdsr.degrade import bicubic_upscale
 from kdsr.models.contract import SrModel, receptive_radius
-from kdsr.spec import MobileSpec, MultiScaleSpec, ShuffleSpec
+from kdsr.spec import DamSpec, MobileSpec, MultiScaleSpec, ShuffleSpec
 
 
 class OverBicubic(SrModel):
-    """3x3 head, blocks, 3x3 tail, pixel shuffle, residual over the bicubic input.
+    """3x3 head or another one, blocks, 3x3 tail, pixel shuffle, residual over the bicubic input.
 
-    The tail starts at zero, so that an untrained network is bicubic interpolation.
+    The head has the name of the spec's extractor. The tail starts at zero, so that an untrained network is
+    bicubic interpolation.
     """
 
-    def __init__(self, spec: MobileSpec | ShuffleSpec | MultiScaleSpec, blocks: Iterable[nn.Module]) -> None:
+    spec: MobileSpec | ShuffleSpec | MultiScaleSpec | DamSpec
+
+    def __init__(
+        self,
+        spec: MobileSpec | ShuffleSpec | MultiScaleSpec | DamSpec,
+        blocks: Iterable[nn.Module],
+        *,
+        head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
-        self.head = nn.Conv2d(spec.channels, spec.num_features, 3, padding=1)
+        self.add_module(spec.extractor, head or nn.Conv2d(spec.channels, spec.num_features, 3, padding=1))
         self.blocks = nn.Sequential(*blocks)
         self.tail = nn.Conv2d(spec.num_features, spec.channels * spec.scale**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(spec.scale)
@@ -28,8 +37,9 @@ class OverBicubic(SrModel):
 
     @property
     def receptive_radius(self) -> int:
-        """That of the blocks, and one pixel each for head and tail."""
-        return receptive_radius([self.head, self.blocks, self.tail, self.shuffle], self.spec.scale)
+        """That of head and blocks, and one pixel for the tail."""
+        head = self.get_submodule(self.spec.extractor)
+        return receptive_radius([head, self.blocks, self.tail, self.shuffle], self.spec.scale)
 
     def body(self, shallow: Tensor) -> Tensor:
         """Features (B, F, h, w) of the head to those that the tail gets."""
@@ -42,5 +52,6 @@ class OverBicubic(SrModel):
         # The residual keeps the 8 bits of its input, which bfloat16 does not.
         with torch.autocast(lr.device.type, enabled=False):
             upscaled = bicubic_upscale(lr, self.spec.scale)
-        sr: Tensor = self.shuffle(self.tail(self.body(self.head(lr))))
+        shallow = self.get_submodule(self.spec.extractor)(lr)
+        sr: Tensor = self.shuffle(self.tail(self.body(shallow)))
         return sr + upscaled

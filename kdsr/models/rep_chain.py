@@ -60,6 +60,14 @@ class RepConv(nn.Module):
         self.kernel.add_(kernel - self.folded()[0])
         self.bias.copy_(bias)
 
+    @torch.no_grad()
+    def set_single(self, kernel: Tensor, bias: Tensor) -> None:
+        """Let the other branches give nothing, so that the fold is `kernel` and `bias` to the last bit."""
+        self.point.zero_()
+        self.wide.zero_()
+        self.kernel.copy_(kernel)
+        self.bias.copy_(bias)
+
     def forward(self, features: Tensor) -> Tensor:
         """(B, num_in, h, w) to (B, num_out, h, w)."""
         kernel, bias = self.folded()

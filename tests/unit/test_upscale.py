@@ -14,6 +14,7 @@ from kdsr.models import build_model
 from kdsr.models.contract import SrModel
 from kdsr.spec import (
     BicubicSpec,
+    DamSpec,
     EdsrSpec,
     EspcnSpec,
     FsrcnnSpec,
@@ -45,6 +46,7 @@ SPECS = [
     MobileSpec(scale=3, num_features=8, num_blocks=2),
     ShuffleSpec(scale=2, num_features=8, num_blocks=3),
     MultiScaleSpec(scale=4, num_features=8, num_blocks=2),
+    DamSpec(scale=3, num_features=8, num_blocks=2),
     SrresnetSpec(scale=4, num_features=8, num_blocks=2),
     RrdbnetSpec(scale=3, num_features=8, num_growth=4, num_blocks=1),
     RrdbnetSpec(scale=2, num_features=8, num_growth=4, num_blocks=1, unshuffle=True),

@@ -8,7 +8,16 @@ from kdsr.degrade import bicubic_lr
 from kdsr.errors import RequestError
 from kdsr.models import SrModel, build_model, fold, inherit_slice
 from kdsr.models.inherit import dead_leaves
-from kdsr.spec import EdsrSpec, EspcnSpec, MobileSpec, ModelSpec, MultiScaleSpec, RepChainSpec, ShuffleSpec
+from kdsr.spec import (
+    DamSpec,
+    EdsrSpec,
+    EspcnSpec,
+    MobileSpec,
+    ModelSpec,
+    MultiScaleSpec,
+    RepChainSpec,
+    ShuffleSpec,
+)
 
 LARGE = [
     EdsrSpec(scale=4, num_features=12, num_blocks=3),
@@ -16,6 +25,7 @@ LARGE = [
     RepChainSpec(scale=4, num_features=12, num_layers=5),
     MobileSpec(scale=4, num_features=12, num_blocks=3),
     MultiScaleSpec(scale=2, num_features=12, num_blocks=3),
+    DamSpec(scale=4, num_features=20, num_blocks=3),
 ]
 
 
