@@ -21,7 +21,8 @@ from safetensors.torch import save as save_safetensors
 from kdsr.config import StoreConfig
 from kdsr.errors import CheckpointCorrupt, KeyNotFound, RequestError, UnknownModel
 from kdsr.models import SrModel, build_model, num_parameters
-from kdsr.models.imported import read_checkpoint
+from kdsr.models.imported import read_checkpoint, read_vgg
+from kdsr.models.vgg import Vgg
 from kdsr.spec import Card, ImportedSpec
 from kdsr.store import Store, open_object, open_store
 
@@ -64,6 +65,15 @@ def load_model(reference: str, config: StoreConfig = StoreConfig()) -> LoadedMod
     return LoadedModel(model.eval(), card)
 
 
+def load_judge(reference: str, config: StoreConfig = StoreConfig()) -> Vgg | LoadedModel:
+    """A network whose features images are compared by: the file of a VGG, or what `load_model` knows."""
+    if reference.endswith(FOREIGN_SUFFIXES):
+        key, data = _read_file(reference, config)
+        if (vgg := read_vgg(data, suffix=Path(key).suffix, origin=reference)) is not None:
+            return vgg
+    return load_model(reference, config)
+
+
 def load_card(reference: str, config: StoreConfig = StoreConfig()) -> Card:
     """What is known of a model, without its weights where it has a card of its own."""
     if reference.endswith(FOREIGN_SUFFIXES):
@@ -100,11 +110,7 @@ def _open_directory(reference: str, config: StoreConfig) -> tuple[Card, Store]:
 
 
 def _load_foreign(uri: str, config: StoreConfig) -> LoadedModel:
-    store, key = open_object(uri, config)
-    try:
-        data = store.get(key)
-    except KeyNotFound:
-        raise UnknownModel(f"no checkpoint file at {uri}") from None
+    key, data = _read_file(uri, config)
     model = read_checkpoint(data, suffix=Path(key).suffix, origin=uri)
     card = Card(
         name=Path(key).stem,
@@ -115,6 +121,15 @@ def _load_foreign(uri: str, config: StoreConfig) -> LoadedModel:
         imported=True,
     )
     return LoadedModel(model.eval(), card)
+
+
+def _read_file(uri: str, config: StoreConfig) -> tuple[str, bytes]:
+    """Key and content of a checkpoint file. Raises UnknownModel."""
+    store, key = open_object(uri, config)
+    try:
+        return key, store.get(key)
+    except KeyNotFound:
+        raise UnknownModel(f"no checkpoint file at {uri}") from None
 
 
 def _digest(data: bytes) -> str:

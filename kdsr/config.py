@@ -4,52 +4,15 @@ A config answers by itself whatever can be refused without reading data. Uris ar
 because workers run in other folders.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdsr.spec import Frozen, Goal, TrainableSpec, ZoomConfig
 from kdsr.terms import Balance, CriticTerm, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
-
-
-def absolute_uri(uri: str) -> str:
-    """`uri` with its scheme; a plain or relative path becomes `file://` and an absolute path.
-
-    The rest is taken literally: nothing is percent-decoded. Raises ValueError for an unknown scheme and for
-    an S3 uri without a plain bucket name; what may be a secret is not repeated.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        scheme, rest = "file", uri
-    if scheme == "s3":
-        bucket = rest.partition("/")[0]
-        # Never show what stands here: with ":" or "@" it may be a secret key.
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
-            raise ValueError("expected s3://BUCKET/PREFIX; credentials come from AWS's standard chain")
-        return f"s3://{rest}"
-    if scheme == "file":
-        return f"file://{Path(rest).expanduser().absolute()}"
-    raise ValueError(f"unknown scheme {scheme}://; use file://, s3:// or a plain path")
-
-
-def model_reference(reference: str) -> str:
-    """The name of a bundled model as it stands, anything that looks like a place as an absolute uri."""
-    looks_like_place = "/" in reference or Path(reference).suffix in {".pt", ".pth", ".safetensors"}
-    return absolute_uri(reference) if looks_like_place else reference
-
-
-def endpoint_url(url: str) -> str:
-    """`url` when it is a server's address without credentials. Raises ValueError otherwise."""
-    scheme, _, rest = url.partition("://")
-    if scheme not in {"http", "https"} or not rest:
-        raise ValueError("expected http://HOST:PORT or https://HOST")
-    if "@" in rest:
-        raise ValueError("must not carry credentials; they come from AWS's standard chain")
-    return url
+from kdsr.uris import EndpointUrl, ModelReference, Uri
 
 
 @dataclass(frozen=True)
@@ -57,11 +20,6 @@ class Flags:
     """Other names of a field on a command line, for people who know them from other programs."""
 
     names: tuple[str, ...]
-
-
-Uri = Annotated[str, AfterValidator(absolute_uri)]
-EndpointUrl = Annotated[str, AfterValidator(endpoint_url)]
-ModelReference = Annotated[str, AfterValidator(model_reference)]
 
 
 class StoreConfig(Frozen):
@@ -327,6 +285,8 @@ class DistillConfig(TrainingConfig):
     co_teachers: tuple[TeacherConfig, ...] = ()
     """More teachers of the same scale; features are those of `teacher`."""
     mix: MixConfig = MixConfig()
+    share_extractor: bool = False
+    """Give the student the extractor of `teacher`, or a slice of it, for good; both are of one kind."""
     terms: DistillTerms = (PixelTerm(), OutputTerm())
 
     @property
@@ -422,6 +382,7 @@ class MethodConfig(Frozen):
     init_from: ModelReference | dict[Label, ModelReference] | None = None
     """Weights to start from: one model for all students, or one for each by the student's name."""
     inherit: Literal["exact", "slice"] = "exact"
+    share_extractor: bool = False
     teacher: TeacherConfig | None = None
     """Another one than that of the comparison."""
     co_teachers: tuple[TeacherConfig, ...] | None = None
@@ -521,7 +482,7 @@ class CompareConfig(BudgetConfig):
         """Fields of a run, whatever its seed."""
         own = self.methods[method]
         fields = {name: getattr(self, name) for name in BudgetConfig.model_fields}
-        fields |= {name: getattr(own, name) for name in ("terms", "balance", "inherit")}
+        fields |= {name: getattr(own, name) for name in ("terms", "balance", "inherit", "share_extractor")}
         for name in ("teacher", "co_teachers", "mix", "dropout"):
             given = getattr(own, name)
             fields[name] = getattr(self, name) if given is None else given

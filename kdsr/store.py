@@ -29,7 +29,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from kdsr.config import StoreConfig, absolute_uri
+from kdsr.config import StoreConfig
 from kdsr.errors import (
     AccessDenied,
     BucketNotFound,
@@ -39,6 +39,7 @@ from kdsr.errors import (
     StoreError,
     StoreUnreachable,
 )
+from kdsr.uris import absolute_uri
 
 if TYPE_CHECKING:
     import pyarrow.fs

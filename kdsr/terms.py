@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from kdsr.spec import DiscriminatorSpec, Frozen, UnetDiscriminatorSpec
+from kdsr.uris import ModelReference
 
 
 class Schedule(Frozen):
@@ -195,6 +196,57 @@ class AdversarialTerm(TermConfig):
     """Of the discriminator."""
 
 
+class AttendedTerm(TappedTerm):
+    """Distance of projected features, most where the teacher is active, and of the maps of activity.
+
+    Sources: Zagoruyko and Komodakis, ICLR 2017, for the maps; LSFD, arXiv 2111.10988, for errors as weights.
+    """
+
+    kind: Literal["attended"] = "attended"
+    by: Literal["teacher", "error"] = "teacher"
+    """What weighs the places: the teacher's activity, or the distance of the student's output to its own."""
+    power: float = Field(default=1.0, gt=0)
+    """Of the features, whose root mean square is 1, before the mean over channels; 2 looks at few places."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Lower looks at fewer places; features and errors have a root mean square of 1."""
+
+
+class FusionTerm(TappedTerm):
+    """Teacher's and student's features fused by a gate, an image made of them, and the student near to it.
+
+    Sources: Feature Fusion Learning, arXiv 1904.09058; MiPKD, ICLR 2025.
+    """
+
+    kind: Literal["fusion"] = "fusion"
+    teacher_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of images whose fusion may use the teacher's features; the others show what the student's do."""
+    num_hidden: int = Field(default=32, ge=1)
+    """Width of the head that makes an image of fused features."""
+
+
+class PerceptualTerm(TermConfig):
+    """Distance of the features that a frozen network has for the output and for the target.
+
+    Sources: Johnson et al., ECCV 2016; Ledig et al., SRGAN, CVPR 2017; Wang et al., ESRGAN, ECCVW 2018.
+    """
+
+    kind: Literal["perceptual"] = "perceptual"
+    network: ModelReference | None = None
+    """File of a VGG16 or VGG19, or any model; the teacher itself when not set."""
+    taps: tuple[str, ...] = Field(min_length=1)
+    """Where its features are read: `conv5_4` or `relu2_2` of a VGG, the taps of any other."""
+    tap_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """One for each tap; the mean over taps when not set."""
+    loss: Literal["l1", "mse"] = "l1"
+    target: Literal["hr", "teacher"] = "hr"
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_tap(self) -> Self:
+        if self.tap_weights is not None and len(self.tap_weights) != len(self.taps):
+            raise ValueError(f"expected {len(self.taps)} tap_weights, found {len(self.tap_weights)}")
+        return self
+
+
 DistillTerm = Annotated[
     PixelTerm
     | OutputTerm
@@ -206,7 +258,10 @@ DistillTerm = Annotated[
     | CriticTerm
     | ContrastiveTerm
     | UpcyclingTerm
-    | AdversarialTerm,
+    | AdversarialTerm
+    | AttendedTerm
+    | FusionTerm
+    | PerceptualTerm,
     Field(discriminator="kind"),
 ]
 
@@ -255,15 +310,20 @@ def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
     return terms
 
 
-def _against_hr(terms: Sequence[Schedule]) -> Sequence[Schedule]:
-    if any(isinstance(term, AdversarialTerm) and term.real != "hr" for term in terms):
-        raise ValueError("real is teacher, and there is none; set it to hr")
+def _without_teacher(terms: Sequence[Schedule]) -> Sequence[Schedule]:
+    for term in terms:
+        if isinstance(term, AdversarialTerm) and term.real != "hr":
+            raise ValueError("real is teacher, and there is none; set it to hr")
+        if isinstance(term, PerceptualTerm) and term.target != "hr":
+            raise ValueError("target is teacher, and there is none; set it to hr")
+        if isinstance(term, PerceptualTerm) and term.network is None:
+            raise ValueError("the perceptual term looks with the teacher, and there is none; set its network")
     return terms
 
 
 TeacherTerms = Annotated[
-    tuple[Annotated[PixelTerm | AdversarialTerm, Field(discriminator="kind")], ...],
+    tuple[Annotated[PixelTerm | AdversarialTerm | PerceptualTerm, Field(discriminator="kind")], ...],
     AfterValidator(_never_weightless),
-    AfterValidator(_against_hr),
+    AfterValidator(_without_teacher),
 ]
 DistillTerms = Annotated[tuple[DistillTerm, ...], AfterValidator(_never_weightless)]

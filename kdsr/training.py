@@ -24,6 +24,7 @@ from kdsr.checkpoint import (
     StateStore,
     is_imported,
     load_card,
+    load_judge,
     load_model,
     require_teacher_spec,
     save_model,
@@ -39,7 +40,17 @@ from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
 from kdsr.errors import KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
-from kdsr.models import build_model, drop_channels, fold, inherit_slice, inherit_weights, require_slice
+from kdsr.models import (
+    build_model,
+    drop_channels,
+    fold,
+    inherit_slice,
+    inherit_weights,
+    require_shareable,
+    require_slice,
+    share_extractor,
+)
+from kdsr.models.vgg import Vgg
 from kdsr.objectives import (
     Ensemble,
     Objective,
@@ -50,11 +61,20 @@ from kdsr.objectives import (
     stored_ranks,
     why_live,
 )
-from kdsr.objectives.step import Taps, require_tap
+from kdsr.objectives.step import Taps, require_tap, tap_grids, tap_names
 from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader, mixed_seed
-from kdsr.spec import Card, Goal, ShardIndex, TeacherRef
+from kdsr.spec import Card, Goal, ModelSpec, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
-from kdsr.terms import AdversarialTerm, GradientBalance, PixelTerm, TappedTerm
+from kdsr.terms import (
+    AdversarialTerm,
+    AttendedTerm,
+    CriticTerm,
+    FusionTerm,
+    GradientBalance,
+    PerceptualTerm,
+    PixelTerm,
+    TappedTerm,
+)
 from kdsr.upscale import Upscaler
 from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic, training_pairs
 
@@ -71,6 +91,12 @@ FREE_FIELDS = {
     "store",
     "validate_every_steps",
 }
+
+
+LOOKS = AdversarialTerm | PerceptualTerm
+"""Terms that leave the mean of what HR may be, which PSNR asks for, for something that looks right."""
+LEAST_PLACES = 9
+"""What attention is told apart over, and what the convolutions of a fusion see at once."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +132,9 @@ def check(config: RunConfig) -> Inputs:
     """Refuse what cannot work, before any worker starts.
 
     Raises RequestError for shards that are not complete, for a teacher of another scale or other channels or
-    none the better than bicubic, for taps that do not exist, for stored outputs of another teacher or another
-    LR, for a network that cannot begin from `init_from`, and for a run of this name with other settings.
+    none the better than bicubic, for an extractor that cannot be shared, for taps that do not exist or see
+    too little, for stored outputs of another teacher or another LR, for a network that cannot begin from
+    `init_from`, and for a run of this name with other settings.
     """
     index = shards.read_index(open_store(config.data.shards, config.store))
     if index.num_rows == index.num_heldout_rows:
@@ -117,7 +144,8 @@ def check(config: RunConfig) -> Inputs:
         )
     _check_patches(config)
     _check_balance(config)
-    teachers = _check_teachers(config, index) if needs_teacher(config.terms) else ()
+    _check_judges(config)
+    teachers = _check_teachers(config, index) if _asks_teacher(config) else ()
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
     _require_same_run(_run_store(config), config)
@@ -280,6 +308,9 @@ def _start(config: RunConfig, device: torch.device) -> TrainState:
                 f"take a model of the same kind and width"
             )
         log.info("took %d layers from %s", taken, config.init_from)
+    if _shares_extractor(config):
+        assert isinstance(config, DistillConfig)
+        share_extractor(model, load_model(config.teacher.uri, config.store).model)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = new_state(model.train(), config.optimizer, num_steps=config.num_steps)
     drop_channels(state.model, config.dropout)
@@ -295,6 +326,7 @@ def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Wor
         scale=config.model.scale,
         channels=config.model.channels,
         stored=stored_ranks(config.terms, inputs.index) if inputs.teachers else {},
+        networks={uri: _judge(uri, config).to(worker.device) for uri in _judges(config)},
         wrap=worker.wrap,
     )
     return objective.to(worker.device)
@@ -329,6 +361,8 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
     _check_goals(config, cards)
     if index.teacher is not None:
         _check_labels(config, index, index.teacher, cards)
+    if config.share_extractor:
+        _check_extractor(config, cards[0])
     _check_taps(config, cards[0])
     if needs_live_teacher(config.terms, index):
         _check_networks(config)
@@ -420,6 +454,100 @@ def _check_taps(config: DistillConfig, teacher: Card) -> None:
             require_tap(pair.student, config.student.taps, who=f"the student ({config.student.kind})")
             if not is_imported(teacher):
                 require_tap(pair.teacher, teacher.spec.taps, who=f"the teacher ({teacher.name})")
+        if isinstance(term, PerceptualTerm) and term.network is None and not is_imported(teacher):
+            for tap in term.taps:
+                require_tap(tap, teacher.spec.taps, who=f"the teacher ({teacher.name})")
+    _check_grids(config, teacher)
+
+
+def _check_grids(config: DistillConfig, teacher: Card) -> None:
+    """Raise RequestError for features of so few places that a term has nothing to work on."""
+    terms = [term for term in config.terms if isinstance(term, CriticTerm | AttendedTerm | FusionTerm)]
+    if not terms:
+        return
+    student = _places(config.student, [pair.student for term in terms for pair in term.taps], config)
+    taught = {}
+    if not is_imported(teacher):
+        taught = _places(teacher.spec, [pair.teacher for term in terms for pair in term.taps], config)
+    for term in terms:
+        for pair in term.taps:
+            places = min(student[pair.student], taught.get(pair.teacher, student[pair.student]))
+            least = term.positions if isinstance(term, CriticTerm) else LEAST_PLACES
+            if places < least:
+                raise RequestError(
+                    f"the {term.kind} term looks at {least} places or more, and a patch of data.patch_size "
+                    f"{config.data.patch_size} has {places} at {pair.student!r} and {pair.teacher!r}; raise "
+                    f"data.patch_size, or choose taps with a finer grid"
+                    + (", or lower its positions" if isinstance(term, CriticTerm) else "")
+                )
+
+
+def _places(spec: ModelSpec, taps: Sequence[str], config: RunConfig) -> dict[str, int]:
+    """How many pixels a patch has at each tap."""
+    grids = tap_grids(spec, taps, size=config.data.patch_size)
+    return {tap: height * width for tap, (height, width) in grids.items()}
+
+
+def _asks_teacher(config: RunConfig) -> bool:
+    return needs_teacher(config.terms) or _shares_extractor(config)
+
+
+def _shares_extractor(config: RunConfig) -> bool:
+    return isinstance(config, DistillConfig) and config.share_extractor
+
+
+def _check_extractor(config: DistillConfig, teacher: Card) -> None:
+    """Raise RequestError for an extractor that cannot be shared, or that a term would like to move."""
+    try:
+        require_shareable(config.student, teacher.spec)
+    except RequestError as error:
+        raise RequestError(f"share_extractor with teacher {teacher.name}: {error}") from None
+    for term in config.terms:
+        for pair in term.taps if isinstance(term, TappedTerm) else ():
+            if pair.student == config.student.extractor:
+                raise RequestError(
+                    f"the {term.kind} term looks at {pair.student!r}, which share_extractor keeps as it is; "
+                    f"choose a tap behind it, or set share_extractor to false"
+                )
+
+
+def _judges(config: RunConfig) -> dict[str, list[PerceptualTerm]]:
+    """The networks that perceptual terms name, each with its terms."""
+    found: dict[str, list[PerceptualTerm]] = {}
+    for term in config.terms:
+        if isinstance(term, PerceptualTerm) and term.network is not None:
+            found.setdefault(term.network, []).append(term)
+    return found
+
+
+def _judge(uri: str, config: RunConfig) -> nn.Module:
+    judge = load_judge(uri, config.store)
+    return (judge if isinstance(judge, Vgg) else judge.model).requires_grad_(False)
+
+
+def _check_judges(config: RunConfig) -> None:
+    """Raise RequestError for a network that cannot look at this run's images, or has no such taps."""
+    side = config.data.patch_size * config.model.scale
+    for uri, terms in _judges(config).items():
+        judge = load_judge(uri, config.store)
+        network = judge if isinstance(judge, Vgg) else judge.model
+        taps = [tap for term in terms for tap in term.taps]
+        for tap in taps:
+            require_tap(tap, tap_names(network), who=f"the perceptual network {uri}")
+        if isinstance(judge, Vgg):
+            if side < judge.min_size(taps):
+                raise RequestError(
+                    f"the taps of {uri} look at no less than {judge.min_size(taps)} pixels a side, and HR "
+                    f"patches have {side}; raise data.patch_size, or choose earlier taps"
+                )
+        elif judge.card.spec.channels != config.model.channels:
+            raise RequestError(
+                f"{uri} looks at images of channels {judge.card.spec.channels}, and the run makes "
+                f"{config.model.channels}; take a network for the same images"
+            )
+        elif is_imported(judge.card):
+            # Whatever it was trained for: this catches another value range or order of channels.
+            require_better_than_bicubic(judge, trained_for="perception")
 
 
 def _check_first_weights(config: RunConfig, card: Card) -> None:
@@ -556,8 +684,8 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
 
 
 def _goal(config: RunConfig) -> Goal:
-    """Whatever a run begins with, its last weights decide."""
-    looks = any(isinstance(term, AdversarialTerm) and term.at(1.0) > 0 for term in config.terms)
+    """Whatever a run begins with, its last weights decide, however small they are."""
+    looks = any(isinstance(term, LOOKS) and term.at(1.0) > 0 for term in config.terms)
     return "perception" if looks else "fidelity"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kdsr.errors import CheckpointCorrupt, RequestError
 from kdsr.models.contract import SrModel, mirrored_up
 from kdsr.models.rrdbnet import Rrdbnet, from_public
+from kdsr.models.vgg import Vgg, from_torchvision
 from kdsr.spec import ImportedSpec
 
 # Networks with attention have no exact radius. Features this far away have not been seen to matter.
@@ -65,6 +66,19 @@ def read_checkpoint(data: bytes, *, suffix: str, origin: str) -> Imported | Rrdb
     except Exception as error:  # readers of arbitrary bytes and of unexpected weights raise anything
         raise _corrupt(origin, error) from error
     return own.eval() if own is not None else _read_foreign(tensors, origin)
+
+
+def read_vgg(data: bytes, *, suffix: str, origin: str) -> Vgg | None:
+    """The VGG in a checkpoint file, to look at images with; None for another network.
+
+    Raises CheckpointCorrupt when the bytes hold anything but tensors, and RequestError for another VGG.
+    """
+    try:
+        return from_torchvision(_state_dict(_read_tensors(data, suffix)), origin=origin)
+    except RequestError:
+        raise
+    except Exception as error:  # as above
+        raise _corrupt(origin, error) from error
 
 
 def _read_foreign(tensors: Any, origin: str) -> Imported:

@@ -20,8 +20,10 @@ from kdsr.objectives.features import (
     ProjectedDistance,
     StatisticsDistance,
 )
+from kdsr.objectives.fusion import AttendedDistance, FusionDistance
 from kdsr.objectives.mutual_information import CriticBound, VariationalBound
 from kdsr.objectives.output import OutputDistance
+from kdsr.objectives.perceptual import PerceptualDistance
 from kdsr.objectives.pixel import PixelDistance
 from kdsr.objectives.step import Parts, Step, Taps, Term, Wrap
 from kdsr.objectives.teachers import Ensemble
@@ -32,6 +34,7 @@ from kdsr.spec import ShardIndex
 from kdsr.terms import (
     AdversarialTerm,
     AffinityTerm,
+    AttendedTerm,
     AttentionTerm,
     Balance,
     ContrastiveTerm,
@@ -39,7 +42,9 @@ from kdsr.terms import (
     DistillTerm,
     FeatureTerm,
     FixedBalance,
+    FusionTerm,
     OutputTerm,
+    PerceptualTerm,
     PixelTerm,
     StatisticsTerm,
     TapPair,
@@ -76,10 +81,14 @@ TERMS: Mapping[type[TermConfig], type[Term]] = {
     ContrastiveTerm: ContrastiveDistance,
     UpcyclingTerm: UpcyclingDistance,
     AdversarialTerm: AdversarialDistance,
+    AttendedTerm: AttendedDistance,
+    FusionTerm: FusionDistance,
+    PerceptualTerm: PerceptualDistance,
 }
 
 FIXED = FixedBalance()
 NOTHING: Mapping[str, int] = {}
+NO_NETWORKS: Mapping[str, nn.Module] = {}
 
 Losses = dict[str, Tensor]
 """Name of a term to its weighted value, a scalar; their sum is what is minimised."""
@@ -142,12 +151,14 @@ def build_objective(
     scale: int = 4,
     channels: int = 3,
     stored: Mapping[str, int] = NOTHING,
+    networks: Mapping[str, nn.Module] = NO_NETWORKS,
     wrap: Wrap = lambda module: module,
 ) -> Objective:
     """The objective of a run. `wrap` makes `student`, and the terms that learn, data-parallel.
 
     `stored` are the taps of the teacher whose features come with each batch, and how many there are; the
-    teacher is then not looked into. Raises RequestError for taps that do not exist.
+    teacher is then not looked into. `networks` are those that perceptual terms name. Raises RequestError for
+    taps that do not exist.
     """
     tapped = _tapped(terms)
     student_taps = teacher_taps = None
@@ -166,6 +177,8 @@ def build_objective(
         channels=channels,
         student_widths=student_taps.widths(channels) if student_taps else {},
         teacher_widths=teacher_taps.widths(channels) if teacher_taps else stored,
+        teacher=teacher,
+        networks=networks,
     )
     run = wrap(student)
 
@@ -184,10 +197,19 @@ def build_objective(
 
 def needs_teacher(terms: Sequence[DistillTerm]) -> bool:
     """Whether any term looks at the teacher."""
-    return any(
-        term.real == "teacher" if isinstance(term, AdversarialTerm) else not isinstance(term, PixelTerm)
-        for term in terms
-    )
+    return any(_looks_at_teacher(term) for term in terms)
+
+
+def _looks_at_teacher(term: DistillTerm) -> bool:
+    match term:
+        case PixelTerm():
+            return False
+        case AdversarialTerm():
+            return term.real == "teacher"
+        case PerceptualTerm():
+            return term.target == "teacher" or term.network is None
+        case _:
+            return True
 
 
 def needs_live_teacher(terms: Sequence[DistillTerm], index: ShardIndex) -> bool:
@@ -209,6 +231,8 @@ def why_live(terms: Sequence[DistillTerm], index: ShardIndex) -> Iterator[str]:
         yield "answers to zoomed-in inputs"
     if any(term.zoom_out for term in upcycling):
         yield "answers to reduced inputs, which are never stored (zoom_out)"
+    if any(isinstance(term, PerceptualTerm) and term.network is None for term in terms):
+        yield "its view of HR and of the student's output, which is never stored (perceptual)"
 
 
 def stored_ranks(terms: Sequence[DistillTerm], index: ShardIndex) -> dict[str, int]:
@@ -231,7 +255,15 @@ def label_columns(terms: Sequence[DistillTerm], index: ShardIndex) -> tuple[str,
 
 
 def _asks_output(term: DistillTerm) -> bool:
-    return needs_teacher([term]) and not isinstance(term, TappedTerm | UpcyclingTerm)
+    match term:
+        case AttendedTerm():
+            return term.by == "error"
+        case PerceptualTerm():
+            return term.target == "teacher"
+        case TappedTerm() | UpcyclingTerm():
+            return False
+        case _:
+            return _looks_at_teacher(term)
 
 
 def _tapped(terms: Sequence[DistillTerm]) -> list[TapPair]:

@@ -17,7 +17,7 @@ from kdsr.terms import AffinityTerm, AttentionTerm, FeatureTerm, StatisticsTerm,
 EPSILON = 1e-6
 
 
-class TappedDistance(Term):
+class OverTaps(Term):
     """Mean over pairs of taps."""
 
     def __init__(self, config: TappedTerm, parts: Parts) -> None:
@@ -26,13 +26,26 @@ class TappedDistance(Term):
 
     def forward(self, step: Step) -> Tensor:
         """See `Term`."""
-        values = [self._compared(step, number) for number in range(len(self._taps))]
+        values = [self._at(step, number) for number in range(len(self._taps))]
         return torch.stack(values).mean()
 
-    def _compared(self, step: Step, number: int) -> Tensor:
+    def _at(self, step: Step, number: int) -> Tensor:
         pair = self._taps[number]
         student, teacher = step.features[pair.student], step.teacher_features[pair.teacher]
-        return self.compare(*on_one_grid(student.float(), teacher.float()), number)
+        return self.at(step, *on_one_grid(student.float(), teacher.float()), number)
+
+    @abstractmethod
+    def at(self, step: Step, student: Tensor, teacher: Tensor, number: int) -> Tensor:
+        """Features (B, F, h, w) of pair `number`, and the step that they are of, to a scalar."""
+
+
+class TappedDistance(OverTaps):
+    """A distance of features that depends on nothing else."""
+
+    def at(self, step: Step, student: Tensor, teacher: Tensor, number: int) -> Tensor:
+        """See `OverTaps`."""
+        del step
+        return self.compare(student, teacher, number)
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, number: int) -> Tensor:
@@ -56,14 +69,19 @@ class ProjectedDistance(TappedDistance):
     def __init__(self, config: FeatureTerm, parts: Parts) -> None:
         super().__init__(config, parts)
         self._distance = F.l1_loss if config.loss == "l1" else F.mse_loss
-        self.projections = nn.ModuleList(
-            nn.Conv2d(parts.student_widths[pair.student], parts.teacher_widths[pair.teacher], 1)
-            for pair in config.taps
-        )
+        self.projections = projections(config, parts)
 
     def compare(self, student: Tensor, teacher: Tensor, number: int) -> Tensor:
         """See `TappedDistance`."""
         return self._distance(self.projections[number](student).float(), standardised(teacher))
+
+
+def projections(config: TappedTerm, parts: Parts) -> nn.ModuleList:
+    """For each pair of taps a 1x1 convolution from the student's width to the teacher's."""
+    return nn.ModuleList(
+        nn.Conv2d(parts.student_widths[pair.student], parts.teacher_widths[pair.teacher], 1)
+        for pair in config.taps
+    )
 
 
 class StatisticsDistance(TappedDistance):

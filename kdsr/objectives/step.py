@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
+from kdsr.models import build_model
 from kdsr.objectives.teachers import Ensemble
 from kdsr.pairs import PairBatch
+from kdsr.spec import ModelSpec
 
 PROBE_SIZE = 16
 """Height and width of the input with which the width of features is found."""
+
+
+class _SeenAllError(Exception):
+    """Ends a forward pass behind the last tap."""
 
 
 class Taps:
@@ -24,6 +30,7 @@ class Taps:
         self._names = tuple(dict.fromkeys(names))
         self._network, self._who = network, who
         self._read: dict[str, Tensor] | None = None
+        self._stops = False
         modules = dict(network.named_modules())
         for name in self._names:
             require_tap(name, tap_names(network), who=who)
@@ -33,8 +40,23 @@ class Taps:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if self._read is not None:
                 self._read[name] = output
+                if self._stops and len(self._read) == len(self._names):
+                    raise _SeenAllError
 
         return keep
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """What the taps give for `images` (B, C, H, W); the network runs no further than the last of them."""
+        read: dict[str, Tensor] = {}
+        self._read, self._stops = read, True
+        try:
+            self._network(images)
+        except _SeenAllError:
+            pass
+        finally:
+            self._read, self._stops = None, False
+        self._require_maps(read)
+        return read
 
     def read(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's output when `run` runs it, and features (B, F, h, w) by the name of their tap."""
@@ -43,6 +65,10 @@ class Taps:
             output, read = run(), self._read
         finally:
             self._read = None
+        self._require_maps(read)
+        return output, read
+
+    def _require_maps(self, read: Mapping[str, Tensor]) -> None:
         for name in self._names:
             features = read.get(name)
             if name not in read:
@@ -53,7 +79,6 @@ class Taps:
                     f"tap {name!r} of {self._who} gives {shape}; expected features (B, F, h, w); "
                     f"choose another"
                 )
-        return output, read
 
     @torch.no_grad()
     def widths(self, channels: int) -> dict[str, int]:
@@ -70,6 +95,14 @@ def tap_names(network: nn.Module) -> tuple[str, ...]:
     """Names of a network's taps: those of its spec, or for an imported network all submodules."""
     taps: tuple[str, ...] = getattr(getattr(network, "spec", None), "taps", ())
     return taps or tuple(name for name, _ in network.named_modules() if name)
+
+
+@torch.no_grad()
+def tap_grids(spec: ModelSpec, names: Iterable[str], *, size: int) -> dict[str, tuple[int, int]]:
+    """Height and width of the features that taps of a network give for LR patches of `size` pixels."""
+    network = build_model(spec)
+    read = Taps(network, names, who=f"the {spec.kind}").features(torch.zeros(1, spec.channels, size, size))
+    return {name: (features.shape[2], features.shape[3]) for name, features in read.items()}
 
 
 def require_tap(name: str, known: Iterable[str], *, who: str) -> None:
@@ -172,6 +205,9 @@ class Parts:
     """Number of features of each of the student's taps."""
     teacher_widths: Mapping[str, int] = field(default_factory=dict)
     """Number of features of each of the teacher's taps; of those that are stored, their rank."""
+    teacher: nn.Module | None = None
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Frozen ones that terms look at images with, by the reference that they have in a config."""
 
 
 class Term(nn.Module, ABC):

@@ -22,12 +22,10 @@ from kdsr.config import (
     TeacherTrainingConfig,
     TrainingConfig,
     UpscaleConfig,
-    absolute_uri,
-    endpoint_url,
-    model_reference,
 )
 from kdsr.spec import EdsrSpec, Frozen
 from kdsr.terms import Schedule
+from kdsr.uris import absolute_uri, endpoint_url, model_reference
 
 ROOT = Path(__file__).parents[2]
 YAML_FILES = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))

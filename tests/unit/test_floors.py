@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [
-    "errors spec terms config cli provenance",
+    "errors spec uris terms config cli provenance",
     "image codecs tiles store shards photos naming manifest progress",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation observe label upscale resize windows objects forecast evaluate report "

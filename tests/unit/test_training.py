@@ -1,11 +1,14 @@
 """A whole run on one worker: what it leaves, how it goes on, and what it refuses before it begins."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter
+from safetensors.torch import save_file
 
 from kdsr.checkpoint import StateStore, load_model, save_model
 from kdsr.config import (
@@ -20,15 +23,31 @@ from kdsr.config import (
 )
 from kdsr.degrade import bicubic_lr
 from kdsr.errors import NonFiniteLoss, RequestError
-from kdsr.models import build_model, fold, inherit_slice
-from kdsr.spec import Card, EdsrSpec, EspcnSpec, FsrcnnSpec, RepChainSpec, RrdbnetSpec, TeacherRef
+from kdsr.models import build_model, fold, inherit_slice, share_extractor
+from kdsr.spec import (
+    Card,
+    DamSpec,
+    EdsrSpec,
+    EspcnSpec,
+    FsrcnnSpec,
+    PatchDiscriminatorSpec,
+    RepChainSpec,
+    RrdbnetSpec,
+    TeacherRef,
+    UnetSpec,
+)
 from kdsr.store import open_store
 from kdsr.terms import (
+    AdversarialTerm,
+    AttendedTerm,
     AttentionTerm,
+    CriticTerm,
     DistillTerm,
     DistillTerms,
+    FusionTerm,
     GradientBalance,
     OutputTerm,
+    PerceptualTerm,
     PixelTerm,
     TapPair,
 )
@@ -36,6 +55,7 @@ from kdsr.training import Worker, autocast_type, check, exported_card, train
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
 
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 CPU = torch.device("cpu")
 STUDENT = RepChainSpec(scale=2, num_features=4, num_layers=3)
 TEACHER = EdsrSpec(scale=2, num_features=4, num_blocks=1)
@@ -589,7 +609,185 @@ def test_a_slice_of_a_smaller_network_is_no_beginning(shards, tmp_path, spec, me
         check(config_for(shards, tmp_path, init_from=uri, inherit="slice"))
 
 
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        (
+            CriticTerm(positions=5, taps=(TapPair(student="bottom", teacher="trunk"),)),
+            "critic .* at 5 places",
+        ),
+        (AttendedTerm(taps=(TapPair(student="bottom", teacher="trunk"),)), "attended .* at 9 places"),
+        (FusionTerm(taps=(TapPair(student="bottom", teacher="trunk"),)), "fusion .* at 9 places"),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_features_of_too_few_places_are_refused_before_anything_starts(
+    shards, tmp_path, teacher, term, words
+):
+    student = UnetSpec(scale=2, num_features=4, num_levels=2)
+    config = distil_config(shards, tmp_path, teacher, student=student, terms=(PixelTerm(), term))
+    with pytest.raises(RequestError, match=f"{words} or more, .*patch_size 8 has 4 at 'bottom' and 'trunk'"):
+        check(config)
+    fine = term.model_copy(update={"taps": (TapPair(student="decoder.0", teacher="trunk"),)})
+    check(config.model_copy(update={"terms": (PixelTerm(), fine)}))
+
+
+@pytest.mark.parametrize(
+    ("taps", "patch_size", "words"),
+    [
+        (("conv6_1",), 8, "vgg.safetensors has no tap 'conv6_1'; it has conv1_1, relu1_1"),
+        (("conv2_1", "conv5_1"), 7, "look at no less than 16 pixels a side, and HR patches have 14"),
+    ],
+)
+def test_a_network_that_cannot_look_at_the_patches_is_refused(shards, tmp_path, taps, patch_size, words):
+    uri = f"file://{tmp_path}/vgg.safetensors"
+    save_vgg(tmp_path / "vgg.safetensors")
+    term = PerceptualTerm(network=uri, taps=taps)
+    config = config_for(shards, tmp_path, terms=(PixelTerm(), term))
+    data = config.data.model_copy(update={"patch_size": patch_size})
+    with pytest.raises(RequestError, match=words):
+        check(config.model_copy(update={"data": data}))
+
+
+def test_a_network_for_other_images_and_taps_of_the_teacher_that_do_not_exist_are_refused(
+    shards, tmp_path, teacher
+):
+    saved_model(f"file://{tmp_path}/grey", EspcnSpec(scale=2, channels=1, num_features=4))
+    term = PerceptualTerm(network=f"file://{tmp_path}/grey", taps=("body.1",))
+    with pytest.raises(RequestError, match="looks at images of channels 1, and the run makes 3"):
+        check(config_for(shards, tmp_path, terms=(PixelTerm(), term)))
+    own = PerceptualTerm(taps=("body.1",))
+    with pytest.raises(RequestError, match=r"the teacher \(big\) has no tap 'body.1'; it has head"):
+        check(distil_config(shards, tmp_path, teacher, terms=(PixelTerm(), own)))
+
+
+def test_an_extractor_of_another_kind_is_refused_also_where_no_term_asks_for_a_teacher(
+    shards, tmp_path, teacher
+):
+    config = distil_config(shards, tmp_path, teacher, share_extractor=True, terms=(PixelTerm(),))
+    with pytest.raises(RequestError, match="share_extractor with teacher big: .* kind rep_chain, found edsr"):
+        check(config)
+    student = EdsrSpec(scale=2, num_features=4, num_blocks=1)
+    term = AttentionTerm(taps=(TapPair(student="head", teacher="head"),))
+    config = config.model_copy(update={"student": student, "terms": (PixelTerm(), term)})
+    with pytest.raises(RequestError, match="attention term looks at 'head', which share_extractor keeps"):
+        check(config)
+
+
 # ---------------------------------------------------------------- beginnings and teachers
+
+
+SHARING = {
+    "rep_chain": (
+        RepChainSpec(scale=2, num_features=4, num_layers=3),
+        RepChainSpec(scale=2, num_features=6, num_layers=4, folded=True),
+        ("layers.1", "layers.2"),
+    ),
+    "dam": (
+        DamSpec(scale=2, num_features=4, num_blocks=1),
+        DamSpec(scale=2, num_features=4, num_blocks=2),
+        ("blocks.0", "blocks.1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_a_shared_extractor_stays_what_it_is_and_the_student_leaves_alone(shards, tmp_path, kind):
+    """With every part of the method, a stop and a start in between, and no teacher at the end."""
+    student, spec, taps = SHARING[kind]
+    uri = f"file://{tmp_path}/teacher"
+    saved_model(uri, spec, seed=4)
+    pair = (TapPair(student=taps[0], teacher=taps[1]),)
+    config = distil_config(
+        shards,
+        tmp_path,
+        uri,
+        student=student,
+        share_extractor=True,
+        terms=(
+            PixelTerm(),
+            AttendedTerm(weight=0.1, final_weight=0, taps=pair),
+            FusionTerm(weight=0.1, final_weight=0, num_hidden=4, taps=pair),
+            CriticTerm(weight=0.1, final_weight=0, positions=4, taps=pair),
+            AdversarialTerm(
+                weight=0.01,
+                final_weight=0,
+                real="teacher",
+                discriminator=PatchDiscriminatorSpec(num_features=4, num_levels=1),
+            ),
+        ),
+        balance=GradientBalance(every_steps=2),
+        save_every_steps=3,
+    )
+    begun = train(config)
+    next(progress for progress in begun if progress.step >= 3)
+    begun.close()
+    list(train(config))
+    expected = build_model(student)
+    share_extractor(expected, load_model(uri).model)
+    shared = shared_weights(expected)
+    assert shared and same(shared, {name: weights_of(config)[name] for name in shared})
+    latest = StateStore(store_of(config)).load("latest")
+    for state in ("model", "ema"):
+        network = build_model(student)
+        network.load_state_dict(latest[state])
+        assert same(shared, shared_weights(network))
+    open_store(uri).delete("model.safetensors")
+    exported = load_model(f"{store_of(config).uri}/model")
+    assert set(exported.model.state_dict()) == set(fold(build_model(student)).state_dict())
+    assert exported.model(torch.rand(1, 3, 5, 6)).shape == (1, 3, 10, 12)
+    assert exported.card.teacher.name == "big" and exported.card.trained_for == "fidelity"
+
+
+def test_the_preset_of_the_dam_method_fits_its_teacher_and_ends_with_pixels_alone(shards, tmp_path):
+    given = {
+        name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("teacher_dam_x4", "dam_x4")
+    }
+    taught = TeacherTrainingConfig.model_validate(given["teacher_dam_x4"])
+    saved_model(f"file://{tmp_path}/teacher", taught.model)
+    config = DistillConfig.model_validate(
+        {
+            **given["dam_x4"],
+            "output": str(tmp_path),
+            "data": {"shards": shards, "patch_size": 8, "patches_per_row": 1},
+            "teacher": {"uri": f"{tmp_path}/teacher"},
+            "num_steps": 1,
+            "batch_size": 2,
+            "num_validation_images": 0,
+        }
+    )
+    list(train(config))
+    (row,) = rows_of(config)
+    assert row.keys() >= {"attended", "fusion", "critic", "adversarial_hinge", "output_l1", "critic/nats"}
+    assert {term.kind for term in config.terms if term.at(1.0) > 0} == {"pixel"}
+    assert load_model(f"{store_of(config).uri}/model").card.trained_for == "fidelity"
+
+
+def shared_weights(model):
+    name = model.spec.extractor
+    return {key: weight for key, weight in fold(model).state_dict().items() if key.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize(("final_weight", "goal"), [(0.0, "fidelity"), (1e-3, "perception")])
+def test_who_looks_with_another_network_until_the_end_is_trained_for_perception(
+    shards, tmp_path, final_weight, goal
+):
+    uri = f"file://{tmp_path}/vgg.safetensors"
+    save_vgg(tmp_path / "vgg.safetensors")
+    term = PerceptualTerm(network=uri, taps=("conv2_2",), weight=0.1, final_weight=final_weight)
+    config = config_for(shards, tmp_path, terms=(PixelTerm(), term), num_steps=2)
+    list(train(config))
+    assert rows_of(config)[-1]["perceptual_l1"] > 0
+    assert load_model(f"{store_of(config).uri}/model").card.trained_for == goal
+    assert StateStore(store_of(config)).load("latest")["auxiliary"] == {}
+
+
+def save_vgg(path):
+    """A VGG16 as torchvision stores it, with two channels a layer."""
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    torch.manual_seed(0)
+    state = {f"features.{n}.weight": torch.randn(2, 2 if n else 3, 3, 3) for n in places}
+    save_file({**state, **{f"features.{n}.bias": torch.zeros(2) for n in places}}, path)
 
 
 def test_a_network_begins_with_a_slice_of_a_larger_one(shards, tmp_path):
