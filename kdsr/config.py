@@ -54,7 +54,10 @@ class ClusterConfig(Frozen):
 
 
 class ShardConfig(Frozen):
-    """Cut photographs into lossless sub-images and store them as Parquet shards."""
+    """Cut photographs into lossless sub-images and store them as Parquet shards.
+
+    `--check SHARDS` instead tells what is in them, and what is wrong with it; see `--check SHARDS --help`.
+    """
 
     input: Uri
     """Folder or prefix with the photographs."""
@@ -78,6 +81,24 @@ class ShardConfig(Frozen):
     """Aimed size of one row group, the unit that training reads."""
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+
+class CheckConfig(Frozen):
+    """Tell what is in a set of shards, and what is wrong with it, before anybody trains on it."""
+
+    check: Uri
+    """Folder or prefix of the shards."""
+    output: Uri | None = None
+    """Folder or prefix of report.json, findings.jsonl and sheet.png; `check/` in the shards when not set."""
+    patch_size: int = Field(default=48, ge=8)
+    """Height and width of the LR patch that a training would cut, its data.patch_size."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def target(self) -> str:
+        """Where the report goes."""
+        return self.output or f"{self.check.rstrip('/')}/check"
 
 
 # ---------------------------------------------------------------- degradation

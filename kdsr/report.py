@@ -215,7 +215,7 @@ def _title(measured: RoundResult, crop: Crop) -> str:
 def _draw_row(canvas: Pillow.Image, top: int, title: str, panels: Sequence[Panel]) -> None:
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(TITLE_SIZE)
-    draw.text((MARGIN, top), _fitted(title, font, canvas.width - 2 * MARGIN), FAINT, font)
+    draw.text((MARGIN, top), fitted(title, font, canvas.width - 2 * MARGIN), FAINT, font)
     measured = [panel.psnr_y for panel in panels if panel.psnr_y is not None]
     best = max(measured) if len(set(measured)) > 1 else None
     for column, panel in enumerate(panels):
@@ -229,14 +229,14 @@ def _draw_row(canvas: Pillow.Image, top: int, title: str, panels: Sequence[Panel
 
 def _draw_label(draw: ImageDraw.ImageDraw, left: int, top: int, panel: Panel, *, best: float | None) -> None:
     font = ImageFont.load_default(LABEL_SIZE)
-    draw.text((left, top), _fitted(panel.label, font, CELL), INK, font)
+    draw.text((left, top), fitted(panel.label, font, CELL), INK, font)
     if panel.psnr_y is not None:
         is_best = panel.psnr_y == best
         text = f"{decibels(panel.psnr_y)} dB" + (" (best)" if is_best else "")
         draw.text((left, top + LABEL_SIZE + 4), text, BEST if is_best else INK, font)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """`text`, its middle left out when it is wider than `width` pixels."""
     kept = len(text)
     fitted = text

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 import kdsr.config
 from kdsr.cli import parse
 from kdsr.config import (
+    CheckConfig,
     CompareConfig,
     Degradation,
     DistillConfig,
@@ -34,6 +35,7 @@ STUDENT = {"kind": "rep_chain", "scale": 4}
 RUN = {"name": "a", "output": "runs", "data": {"shards": "shards"}}
 SMALLEST = {
     ShardConfig: {"input": "a", "output": "b"},
+    CheckConfig: {"check": "a"},
     TeacherTrainingConfig: {**RUN, "model": {"kind": "edsr", "scale": 2}},
     DistillConfig: {**RUN, "student": STUDENT, "teacher": {"uri": "edsr-x4"}},
     LabelConfig: {"shards": "a", "output": "b", "teacher": {"uri": "edsr-x4"}},

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec uris terms config cli provenance",
-    "image codecs tiles store shards photos naming manifest progress",
+    "image codecs tiles store shards photos naming manifest progress measures duplicates check",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation observe label upscale resize windows objects forecast evaluate report "
-    "upscale_report compare compare_summary compare_report plots compress export",
+    "upscale_report check_report compare compare_summary compare_report plots compress export",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 HEAVY = {"torch", "ray", "pyarrow", "boto3", "PIL"}
@@ -67,7 +67,7 @@ def test_a_module_imports_its_own_floor_or_a_lower_one(source):
         ("ray", {"cluster"}),
         ("boto3", {"kdsr/store.py"}),
         ("botocore", {"kdsr/store.py"}),
-        ("PIL", {"kdsr/codecs", "kdsr/report.py"}),
+        ("PIL", {"kdsr/codecs", "kdsr/report.py", "kdsr/check_report.py"}),
         ("matplotlib", {"kdsr/plots.py"}),
         ("spandrel", {"kdsr/checkpoint.py", "kdsr/models"}),
         ("torch", {"kdsr", "cluster"}),
