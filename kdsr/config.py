@@ -251,7 +251,7 @@ class TrainingConfig(BudgetConfig):
     init_from: ModelReference | None = None
     """Model of the same kind, of any scale, whose weights the network starts from."""
     inherit: Literal["exact", "slice"] = "exact"
-    """What it takes: layers that agree in name and shape, or the strongest channels of a larger model."""
+    """What it takes: layers that agree in name and shape, or the most telling channels of a larger model."""
     balance: Balance = FixedBalance()
     """What keeps several terms in balance."""
     seed: int = Field(default=0, ge=0)

@@ -76,7 +76,13 @@ from kdsr.terms import (
     TappedTerm,
 )
 from kdsr.upscale import Upscaler
-from kdsr.validation import heldout_pairs, mean_psnr_y, require_better_than_bicubic, training_pairs
+from kdsr.validation import (
+    heldout_pairs,
+    mean_psnr_y,
+    require_better_than_bicubic,
+    training_pairs,
+    training_pictures,
+)
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +279,7 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
 def _begin(config: RunConfig, inputs: Inputs, worker: Worker) -> tuple[TrainState, Objective]:
     """A run that has not begun, the same for the same seed."""
     torch.manual_seed(config.seed)
-    state = _start(config, worker.device)
+    state = _start(config, inputs.index, worker.device)
     objective = _objective(config, inputs, state, worker)
     state.train_too(objective)
     return state, objective
@@ -297,11 +303,14 @@ def _fit(
     )
 
 
-def _start(config: RunConfig, device: torch.device) -> TrainState:
+def _start(config: RunConfig, index: ShardIndex, device: torch.device) -> TrainState:
     model = build_model(config.model)
     if config.init_from is not None:
-        take = inherit_slice if config.inherit == "slice" else inherit_weights
-        taken = take(model, load_model(config.init_from, config.store).model)
+        source = load_model(config.init_from, config.store).model
+        if config.inherit == "slice":
+            taken = inherit_slice(model, source, _pictures(config, index))
+        else:
+            taken = inherit_weights(model, source)
         if taken == 0:
             raise RequestError(
                 f"init_from {config.init_from}: no layer has a name and shape of {config.model.kind}; "
@@ -315,6 +324,18 @@ def _start(config: RunConfig, device: torch.device) -> TrainState:
     state = new_state(model.train(), config.optimizer, num_steps=config.num_steps)
     drop_channels(state.model, config.dropout)
     return state
+
+
+def _pictures(config: RunConfig, index: ShardIndex) -> Tensor | None:
+    """LR of the run's own images, as they come to the network."""
+    return training_pictures(
+        open_store(config.data.shards, config.store),
+        index,
+        degrade=build_degradation(config.data.degradation, config.model.scale),
+        scale=config.model.scale,
+        channels=config.model.channels,
+        least_side=config.data.patch_size,
+    )
 
 
 def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Worker) -> Objective:

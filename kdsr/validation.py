@@ -32,6 +32,10 @@ LARGEST_LOSS_DB = 3.0
 """What a teacher that was trained for looks may be short of bicubic: its details are invented."""
 
 
+NUM_PICTURES, PICTURE_SIDE = 48, 40
+"""How many pictures an inherited network is fitted on, and their height and width in LR pixels."""
+
+
 def mean_psnr_y(upscale: Callable[[Image], Image], pairs: Sequence[Pair], *, border: int) -> float:
     """Mean PSNR in dB on luma over `pairs`."""
     return float(np.mean([score.psnr_y for score in evaluate_pairs(upscale, pairs, border)]))
@@ -51,6 +55,32 @@ def training_pairs(
     """As many sub-images that are trained on, from all over the set, and always the same ones."""
     rows = islice(_training_rows(store, index, limit), limit)
     return _pairs(rows, degrade=degrade, scale=scale, channels=channels)
+
+
+def training_pictures(
+    store: Store, index: ShardIndex, *, degrade: Degrade, scale: int, channels: Channels, least_side: int
+) -> torch.Tensor | None:
+    """LR (B, C, h, w) in [0, 1] from the middles of sub-images that are trained on, always the same ones.
+
+    `least_side` is the least h and w, at most `PICTURE_SIDE`; None where no sub-image is as large.
+    """
+    pairs = training_pairs(store, index, degrade=degrade, scale=scale, channels=channels, limit=NUM_PICTURES)
+    sides = [min(pair.lr.height, pair.lr.width) for pair in pairs]
+    least = min(least_side, PICTURE_SIDE)
+    side = min((side for side in sides if side >= least), default=0)
+    if side == 0:
+        return None
+    side = min(side, PICTURE_SIDE)
+    return torch.stack(
+        [_middle(pair.lr, side) for pair in pairs if min(pair.lr.height, pair.lr.width) >= side]
+    )
+
+
+def _middle(image: Image, side: int) -> torch.Tensor:
+    """(C, side, side) in [0, 1]."""
+    top, left = (image.height - side) // 2, (image.width - side) // 2
+    pixels = torch.from_numpy(image.pixels[top : top + side, left : left + side].copy())
+    return pixels.view(side, side, -1).permute(2, 0, 1).float() / 255
 
 
 def _pairs(rows: Iterable[shards.Row], *, degrade: Degrade, scale: int, channels: Channels) -> list[Pair]:

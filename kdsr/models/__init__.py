@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdsr.models.before_shuffle import BeforeShuffle
 from kdsr.models.bicubic import Bicubic
@@ -12,7 +12,14 @@ from kdsr.models.dropout import drop_channels
 from kdsr.models.edsr import Edsr
 from kdsr.models.espcn import Espcn
 from kdsr.models.fsrcnn import Fsrcnn
-from kdsr.models.inherit import refit, require_shareable, require_slice, shared_extractor, slice_weights
+from kdsr.models.inherit import (
+    dead_leaves,
+    refit,
+    require_shareable,
+    require_slice,
+    shared_extractor,
+    slice_weights,
+)
 from kdsr.models.mobile import Mobile
 from kdsr.models.multi_scale import MultiScale
 from kdsr.models.rep_chain import RepChain, RepConv
@@ -94,23 +101,26 @@ def inherit_weights(model: SrModel, source: SrModel) -> int:
     return len(agreeing)
 
 
-def inherit_slice(model: SrModel, source: SrModel) -> int:
-    """Start `model` from the strongest channels and evenly spaced blocks of a larger `source` of its kind.
+def inherit_slice(model: SrModel, source: SrModel, pictures: Tensor | None = None) -> int:
+    """Start `model` from the most telling channels and evenly spaced blocks of a larger `source` of its kind.
 
     Returns how many tensors were taken; a tail for another scale is left as it was. Where something was left
-    out, the layers are fitted to the source's features. Raises RequestError where `require_slice` does.
+    out, the layers are fitted to the source's features. Channels are chosen and layers fitted on `pictures`,
+    LR (B, C, h, w) in [0, 1], drawn ones where there are none: those that the network is for do better.
+    Raises RequestError where `require_slice` does.
     """
     folded, larger = fold(model), fold(source)
-    plan, taken = slice_weights(folded, larger)
+    pictures = dead_leaves(source.spec.channels) if pictures is None else pictures
+    plan, taken = slice_weights(folded, larger, pictures)
     if num_parameters(folded) < num_parameters(larger):
-        refit(folded, larger, plan)
+        refit(folded, larger, plan, pictures)
     if isinstance(model, RepChain) and isinstance(folded, RepChain) and folded is not model:
         model.inherit(folded)
     return taken
 
 
 def share_extractor(model: SrModel, source: SrModel) -> None:
-    """Give `model` the extractor of `source`, or the strongest channels of it, and let it learn no more.
+    """Give `model` the extractor of `source`, or the most telling channels of it, and let it learn no more.
 
     Raises RequestError where `require_shareable` does.
     """

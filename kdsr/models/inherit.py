@@ -1,9 +1,10 @@
 """Start a narrower or shallower network from a larger trained one of the same kind.
 
-Channels with the largest L1 norms are kept (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017),
-and what one layer gives is what the next one takes: channels that are added, gated or filtered together are
-one group with one choice. Of the blocks, evenly spaced ones are kept. Then each layer is fitted to what the
-larger network gives at its place. Knows tensors and names, no data and no training.
+Those channels are kept from which the others can best be told (Farahat et al., Greedy Column Subset
+Selection, 2013; Chee et al., Model Preserving Compression for Neural Networks, NeurIPS 2022), and what one
+layer gives is what the next one takes: channels that are added, gated or filtered together are one group with
+one choice. Of the blocks, evenly spaced ones are kept. Then each layer is fitted to what the larger network
+gives at its place. Knows tensors and names, no data and no training.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,22 +72,23 @@ class Plan:
         return given.clone()
 
 
-def slice_weights(model: SrModel, source: SrModel) -> tuple[Plan, int]:
+def slice_weights(model: SrModel, source: SrModel, pictures: Tensor) -> tuple[Plan, int]:
     """Give `model` what it takes of `source`, both folded; returns how, and how many tensors it took.
 
-    What differs because the scales do is left as it was. Raises RequestError where `require_slice` does.
+    Channels are chosen by what they do on `pictures`, LR (B, C, h, w). What differs because the scales do is
+    left as it was. Raises RequestError where `require_slice` does.
     """
     require_slice(model.spec, source.spec)
     own, given = model.state_dict(), source.state_dict()
-    plan = _plan(model, source)
+    plan = _plan(model, source, pictures)
     cut = {name: plan.cut(name, given[origin]) for name, origin in plan.origins.items()}
     fitting = {name: tensor for name, tensor in cut.items() if tensor.shape == own[name].shape}
     model.load_state_dict(fitting, strict=False)
     return replace(plan, origins={name: plan.origins[name] for name in fitting}), len(fitting)
 
 
-def _plan(model: SrModel, source: SrModel) -> Plan:
-    """The strongest channels of `source`, as many of each group as `model` has."""
+def _plan(model: SrModel, source: SrModel, pictures: Tensor) -> Plan:
+    """The channels of `source` that tell most, as many of each group as `model` has."""
     own, given = model.state_dict(), source.state_dict()
     layout, larger = _layout(model.spec), _layout(source.spec)
     origins = {name: _origin(name, layout, larger) for name in layout.tensors}
@@ -97,8 +99,8 @@ def _plan(model: SrModel, source: SrModel) -> Plan:
         for axis, wanted_axis in zip(larger.tensors[origin], layout.tensors[name], strict=True)
         for part, wanted in zip(axis, wanted_axis, strict=True)
     }
-    scores = _scores({origin: given[origin] for origin in origins.values()}, larger)
-    chosen = {group: _largest(scores[group], size) for group, size in sizes.items()}
+    moments = _second_moments(source, larger, pictures)
+    chosen = {group: _telling(moments[group], size) for group, size in sizes.items()}
     return Plan(origins, larger.tensors, chosen)
 
 
@@ -113,19 +115,18 @@ def shared_extractor(model: SrModel, source: SrModel) -> dict[str, Tensor]:
     own, given = model.state_dict(), source.state_dict()
     names = [name for name in own if name.startswith(prefix)]
     if any(own[name].shape != given[name].shape for name in names):
-        plan = _plan(model, source)
+        plan = _plan(model, source, dead_leaves(source.spec.channels))
         given = {name: plan.cut(name, given[name]) for name in names}
     return {name.removeprefix(prefix): given[name] for name in names}
 
 
 @torch.no_grad()
-def refit(model: SrModel, source: SrModel, plan: Plan) -> None:
+def refit(model: SrModel, source: SrModel, plan: Plan, pictures: Tensor) -> None:
     """Move each convolution of a sliced `model`, first to last, so that it gives what `source` gives there.
 
-    By least squares on drawn pictures (He et al., Channel Pruning, ICCV 2017): what dropped channels and
-    blocks had added is made up for as far as the kept ones can. Depthwise convolutions stay as they are.
+    By least squares on `pictures` (He et al., Channel Pruning, ICCV 2017): what dropped channels and blocks
+    had added is made up for as far as the kept ones can. Depthwise convolutions stay as they are.
     """
-    pictures = dead_leaves(source.spec.channels)
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or f"{name}.weight" not in plan.origins:
             continue
@@ -252,27 +253,51 @@ def _spaced(number: int, num_blocks: int, num_larger: int) -> int:
     return round(number * (num_larger - 1) / max(1, num_blocks - 1))
 
 
-def _scores(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """For each group the L1 norm of each channel, summed over tensors that have equal votes."""
-    scores: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.dim() == 1:
-            continue
-        for dim, axis in enumerate(layout.tensors[name]):
-            norms = tensor.double().abs().transpose(0, dim).flatten(1).sum(dim=1)
-            norms = norms / norms.mean().clamp_min(1e-30)
-            begin = 0
-            for part in axis:
-                own = norms[begin : begin + part.size * part.repeat].view(part.size, part.repeat).mean(dim=1)
-                scores[part.group] = scores.get(part.group, torch.zeros_like(own)) + own
-                begin += part.size * part.repeat
-    return scores
+@torch.no_grad()
+def _second_moments(source: SrModel, layout: Layout, pictures: Tensor) -> dict[str, Tensor]:
+    """Of each group (F, F): the mean products of its channels, as convolutions take them on `pictures`.
+
+    Where several convolutions take a group they have equal votes.
+    """
+    moments: dict[str, Tensor] = {}
+
+    def watch(taken: Axis) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            flat = inputs[0].transpose(0, 1).flatten(1).double()
+            for part, own in zip(taken, flat.split([part.size for part in taken]), strict=True):
+                products = own @ own.T
+                vote = products / products.diagonal().sum().clamp_min(1e-30)
+                moments[part.group] = moments.get(part.group, torch.zeros_like(vote)) + vote
+
+        return add
+
+    hooks = [
+        layer.register_forward_pre_hook(watch(layout.tensors[f"{name}.weight"][1]))
+        for name, layer in source.named_modules()
+        if isinstance(layer, nn.Conv2d) and layout.tensors.get(f"{name}.weight", (WHOLE, WHOLE))[1]
+    ]
+    try:
+        source(pictures)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return moments
 
 
-def _largest(scores: Tensor, number: int) -> Tensor:
-    """Positions of the `number` largest, in their old order."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return torch.sort(order[:number]).values
+def _telling(moments: Tensor, number: int) -> Tensor:
+    """Positions, in order, of `number` channels from which the others follow best by linear combination.
+
+    One after the other, each time the one that leaves least of all channels unexplained.
+    """
+    left = moments.clone()
+    chosen: list[int] = []
+    for _ in range(number):
+        explained = left.square().sum(dim=0) / left.diagonal().clamp_min(1e-12)
+        explained[chosen] = -1.0
+        best = int(explained.argmax())
+        chosen.append(best)
+        left = left - torch.outer(left[:, best], left[best]) / left[best, best].clamp_min(1e-12)
+    return torch.tensor(sorted(chosen))
 
 
 def _positions(axis: Axis, chosen: Mapping[str, Tensor]) -> Tensor:

@@ -21,9 +21,10 @@ from kdsr.config import (
     TeacherConfig,
     TeacherTrainingConfig,
 )
-from kdsr.degrade import bicubic_lr
+from kdsr.degrade import bicubic_lr, build_degradation
 from kdsr.errors import NonFiniteLoss, RequestError
 from kdsr.models import build_model, fold, inherit_slice, share_extractor
+from kdsr.shards import read_index
 from kdsr.spec import (
     Card,
     DamSpec,
@@ -52,6 +53,7 @@ from kdsr.terms import (
     TapPair,
 )
 from kdsr.training import Worker, autocast_type, check, exported_card, train
+from kdsr.validation import training_pictures
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
 
@@ -805,7 +807,13 @@ def test_a_network_begins_with_a_slice_of_a_larger_one(shards, tmp_path):
     )
     list(train(config))
     expected = build_model(config.model)
-    inherit_slice(expected, load_model(uri).model)
+    store = open_store(config.data.shards)
+    degrade = build_degradation(config.data.degradation, 2)
+    pictures = training_pictures(
+        store, read_index(store), degrade=degrade, scale=2, channels=3, least_side=config.data.patch_size
+    )
+    assert pictures.shape[1:] == (3, *pictures.shape[2:]) and 0 <= pictures.min() < pictures.max() <= 1
+    inherit_slice(expected, load_model(uri).model, pictures)
     for name, weight in fold(expected).state_dict().items():
         assert torch.allclose(weights_of(config)[name], weight, atol=1e-5), name
 

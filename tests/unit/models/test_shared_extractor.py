@@ -5,7 +5,7 @@ import torch
 
 from kdsr.errors import RequestError
 from kdsr.models import SrModel, build_model, fold, share_extractor
-from kdsr.models.inherit import slice_weights
+from kdsr.models.inherit import dead_leaves, slice_weights
 from kdsr.spec import (
     DamSpec,
     EdsrSpec,
@@ -68,7 +68,7 @@ def test_a_narrower_student_takes_whole_channels_also_when_it_is_deeper(spec: Mo
 def test_the_choice_of_channels_is_that_of_the_slice(spec: ModelSpec) -> None:
     teacher, smaller = net(spec, 0), spec.model_copy(update={"num_features": 6})
     sliced, student = fold(net(smaller, 1)), net(smaller, 2)
-    slice_weights(sliced, fold(teacher))
+    slice_weights(sliced, fold(teacher), dead_leaves(teacher.spec.channels))
     share_extractor(student, teacher)
     lr = torch.rand(1, 3, 8, 8)
     assert torch.equal(extracted(fold(student), lr), extracted(sliced, lr))
