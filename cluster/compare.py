@@ -9,17 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
-from cluster import session
-from kdsr import provenance
+from cluster import alone, session
 from kdsr.compare import Ledger, StepCost, benchmarks_of, check, measure_cost, pending, run_cell, steps_done
 from kdsr.config import Cell, ClusterConfig, CompareConfig
 from kdsr.errors import KdsrError
 from kdsr.progress import progress_bar
-from kdsr.training import Worker
 
 
 def compare(config: CompareConfig) -> dict[str, str]:
@@ -119,7 +116,7 @@ class _Field:
 
 def _train_cell(arguments: dict[str, Any]) -> Iterator[int]:
     """What one worker does for one cell; gives the steps that are done."""
-    yield from run_cell(arguments["cell"], arguments["benchmarks"], _worker(arguments))
+    yield from run_cell(arguments["cell"], arguments["benchmarks"], alone.worker(arguments))
 
 
 # ---------------------------------------------------------------- cost
@@ -155,7 +152,7 @@ def _measure_costs(config: CompareConfig) -> None:
 
 
 def _measure_cell(arguments: dict[str, Any]) -> StepCost:
-    return measure_cost(arguments["cell"], num_steps=arguments["cost_steps"], worker=_worker(arguments))
+    return measure_cost(arguments["cell"], num_steps=arguments["cost_steps"], worker=alone.worker(arguments))
 
 
 # ---------------------------------------------------------------- both
@@ -168,15 +165,4 @@ def _task(work: Callable[[dict[str, Any]], Any], config: ClusterConfig, **option
 
 
 def _arguments(config: CompareConfig) -> dict[str, Any]:
-    return {
-        "command": provenance.command(),
-        "num_threads": min(session.worker_threads(config.cluster), session.cores()),
-        "cost_steps": config.cost_steps,
-        "use_gpu": config.cluster.use_gpu,
-    }
-
-
-def _worker(arguments: dict[str, Any]) -> Worker:
-    torch.set_num_threads(min(arguments["num_threads"], session.cores()))
-    device = torch.device("cuda" if arguments["use_gpu"] else "cpu")
-    return Worker(device=device, command=arguments["command"])
+    return alone.arguments(config.cluster) | {"cost_steps": config.cost_steps}

@@ -129,7 +129,7 @@ def error_of(row: Mapping[str, str]) -> KdsrError:
     return error
 
 
-def last_line(error: Exception) -> str:
+def last_line(error: Exception | str) -> str:
     """What went wrong on a worker, without the traceback that Ray puts before it."""
     return str(error).strip().splitlines()[-1]
 

@@ -159,8 +159,11 @@ class StateStore:
 
     store: Store
 
-    def save(self, state: dict[str, Any], *, step: int, pointers: Sequence[str]) -> None:
-        """Write `state` and let `pointers` ("latest", "best") name it; what no pointer names is deleted."""
+    def save(self, state: dict[str, Any], *, step: int, pointers: Sequence[str]) -> int:
+        """Write `state` and let `pointers` ("latest", "best") name it; what no pointer names is deleted.
+
+        Returns its bytes.
+        """
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -170,6 +173,7 @@ class StateStore:
         for pointer in pointers:
             self.store.put(f"checkpoints/{pointer}.json", json.dumps(entry).encode())
         self._delete_unnamed()
+        return len(data)
 
     def load(self, pointer: str) -> dict[str, Any] | None:
         """The state that `pointer` names, or None when the run has none yet."""

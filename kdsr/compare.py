@@ -3,7 +3,6 @@
 The ledger is one row beside each run, written last. Knows no cluster; nothing is summed up here.
 """
 
-import json
 import math
 import statistics
 import time
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from kdsr import provenance
+from kdsr import provenance, training
 from kdsr.benchmark import benchmark_names, open_benchmark
 from kdsr.checkpoint import load_model
 from kdsr.config import Cell, CompareConfig, DistillConfig
@@ -26,7 +25,16 @@ from kdsr.evaluate import Score, evaluate_pairs, plan_rounds, upscaling
 from kdsr.models import build_model, fold, num_parameters
 from kdsr.spec import Frozen
 from kdsr.store import Store, open_store
-from kdsr.training import Worker, changed_settings, exported_card, rehearse, saved_step, train
+from kdsr.training import (
+    Worker,
+    changed_settings,
+    discard_checkpoints,
+    exported_card,
+    logged,
+    rehearse,
+    saved_step,
+    train,
+)
 from kdsr.training import check as check_run
 
 ROW_KEY = "row.json"
@@ -139,16 +147,12 @@ class Ledger:
 
     def curve(self, cell: Cell) -> list[dict[str, float]]:
         """What the run logged, a dict for each step that it logged."""
-        try:
-            lines = run_store(cell).get("metrics.jsonl").decode().splitlines()
-        except KeyNotFound:
-            return []
-        return [json.loads(line) for line in lines]
+        return logged(cell.config)
 
 
 def run_store(cell: Cell) -> Store:
     """Where the run of a cell lies."""
-    return open_store(cell.config.output, cell.config.store).child(cell.name)
+    return training.run_store(cell.config)
 
 
 def benchmarks_of(config: CompareConfig) -> dict[str, str]:
@@ -211,19 +215,12 @@ def run_cell(cell: Cell, benchmarks: dict[str, str], worker: Worker) -> Iterator
     store = run_store(cell)
     store.put(ROW_KEY, (row.model_dump_json(indent=2) + "\n").encode())
     if not row.cause:
-        discard_checkpoints(cell)
+        discard_checkpoints(cell.config)
 
 
 def steps_done(cell: Cell) -> int:
     """The step from which a start goes on."""
     return cell.config.num_steps if _is_trained(cell) else saved_step(cell.config)
-
-
-def discard_checkpoints(cell: Cell) -> None:
-    """Free what only a run that goes on would need."""
-    store = run_store(cell)
-    for info in list(store.list("checkpoints/")):
-        store.delete(info.key)
 
 
 def _is_trained(cell: Cell) -> bool:

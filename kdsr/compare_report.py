@@ -26,8 +26,8 @@ from kdsr.report import Report, aligned, comparison, decibels, span
 from kdsr.spec import BicubicSpec
 from kdsr.store import open_store
 from kdsr.terms import FixedBalance
+from kdsr.training import HELD_OUT
 
-HELD_OUT = "heldout_psnr_y"
 CSV_COLUMNS = ("student", "method", "seed", "benchmark", "image", "psnr_y", "ssim_y")
 COMPARED_IMAGES = 20
 """Of the first benchmark; the crops of the picture are chosen from them."""

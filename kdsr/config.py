@@ -6,10 +6,13 @@ because workers run in other folders.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from kdsr.space import Domain, draw, overlapping, with_value
 from kdsr.spec import Frozen, Goal, TrainableSpec, ZoomConfig
 from kdsr.terms import Balance, CriticTerm, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
 from kdsr.uris import EndpointUrl, ModelReference, Uri
@@ -216,6 +219,15 @@ class OptimizerConfig(Frozen):
     """The EMA is what is validated and saved; 0 turns it off."""
 
 
+class TrackingConfig(Frozen):
+    """Where metrics go beside `metrics.jsonl` and TensorBoard."""
+
+    mlflow_uri: EndpointUrl | None = None
+    """MLflow server, https://HOST; none when not set. Credentials come from MLFLOW_TRACKING_*."""
+    experiment: str = Field(default="kdsr", min_length=1)
+    """Experiment that the run belongs to; made where there is none."""
+
+
 class BudgetConfig(Frozen):
     """What a training may use and how it is looked after: the same for all runs that are compared."""
 
@@ -237,6 +249,7 @@ class BudgetConfig(Frozen):
     """Terms of the trained weights, for the model card."""
     datasets: tuple[str, ...] = ()
     """Names and terms of the training sets, for the model card."""
+    tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -548,6 +561,159 @@ def _sentences(error: ValidationError) -> str:
         ": ".join(filter(None, [".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")]))
         for each in error.errors(include_url=False)
     )
+
+
+# ---------------------------------------------------------------- search for fields
+
+
+FIXED_FIELDS = (
+    *("name", "output", "store", "cluster", "tracking", "num_steps", "num_validation_images"),
+    *("data.shards", "data.degradation", "student.scale", "model.scale"),
+)
+"""What a search does not vary: trials have one budget, and PSNR is compared on the same images."""
+MAX_DRAWS = 100
+"""Draws for one trial until one is a run that can be."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search."""
+
+    number: int
+    values: dict[str, Any]
+    """What was drawn, by field."""
+    config: TeacherTrainingConfig | DistillConfig
+
+    @property
+    def name(self) -> str:
+        """That of the run."""
+        return self.config.name
+
+
+def _yaml_fields(value: object) -> object:
+    """The content of a YAML file that a person names instead of fields."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{value}: {error.strerror}; expected a YAML file, or fields") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{value} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+class TuneConfig(Frozen):
+    """Search for the fields of a run that reach the best held-out PSNR; weak trials are stopped early."""
+
+    base: Annotated[dict[str, Any], BeforeValidator(_yaml_fields)]
+    """Fields of a run for jobs/distill.py or jobs/train_teacher.py, or its YAML file; no name is needed."""
+    changes: dict[str, Any] = Field(default={})
+    """Dotted fields of `base` that differ in all trials."""
+    space: dict[str, Domain] = Field(min_length=1)
+    """Dotted fields of `base`, such as terms.0.weight, and where their values come from."""
+    output: Uri
+    """Folder or prefix of the trials, the table and the plots; a rerun does what is missing."""
+    num_trials: int = Field(default=16, ge=1)
+    """May be raised later: the first trials stay what they are."""
+    grace_steps: int = Field(default=500, ge=1)
+    """Steps before a trial may be stopped."""
+    reduction: float = Field(default=3.0, gt=1)
+    """At grace_steps, and at each of its multiples by this factor, the best of so many goes on."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws."""
+    retry_failed: bool = False
+    """Also the trials that failed in earlier starts."""
+    render_only: bool = False
+    """Train nothing: table and plots of what there is."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_class(self) -> type[TeacherTrainingConfig] | type[DistillConfig]:
+        """What kind of run `base` is."""
+        return DistillConfig if "student" in self.base else TeacherTrainingConfig
+
+    def base_run(self) -> TeacherTrainingConfig | DistillConfig:
+        """The run that trials differ from. Raises ValueError when it is none."""
+        # One worker trains a trial; `num_workers` of them go side by side.
+        alone = self.cluster.model_copy(update={"num_workers": 1})
+        place = {"name": "base", "output": f"{self.output}/trials", "cluster": alone, "store": self.store}
+        try:
+            run = self.run_class.model_validate({**self.base, **place})
+        except ValidationError as error:
+            raise ValueError(f"base: {_sentences(error)}") from None
+        return self._run(run, self.changes, "changes")
+
+    def trials(self) -> tuple[Trial, ...]:
+        """All of them, resolved and validated. Raises ValueError that names what can never be."""
+        base = self.base_run()
+        return tuple(self._trial(base, number) for number in range(self.num_trials))
+
+    def _trial(self, base: TeacherTrainingConfig | DistillConfig, number: int) -> Trial:
+        named = base.model_copy(update={"name": f"trial-{number:03}"})
+        for attempt in range(MAX_DRAWS):
+            values = draw(self.space, seed=self.seed, number=number, attempt=attempt)
+            try:
+                return Trial(number, values, self._run(named, values, "space"))
+            except ValueError as error:
+                cause = error
+        raise ValueError(self._never_valid(base, cause))
+
+    def _run(
+        self, base: TeacherTrainingConfig | DistillConfig, values: dict[str, Any], section: str
+    ) -> TeacherTrainingConfig | DistillConfig:
+        fields = base.model_dump(mode="json")
+        for path, value in values.items():
+            try:
+                fields = with_value(fields, path, value)
+            except ValueError as error:
+                raise ValueError(f"{section}.{path}: {error}") from None
+        try:
+            return type(base).model_validate(fields)
+        except ValidationError as error:
+            raise ValueError(f"{section}: {_sentences(error)}") from None
+
+    def _never_valid(self, base: TeacherTrainingConfig | DistillConfig, cause: ValueError) -> str:
+        """Which field is at fault when no draw can be a run."""
+        for path, domain in self.space.items():
+            causes = [self._refusal(base, path, value) for value in domain.probes()]
+            if all(causes):
+                return f"space.{path}: none of its values is valid in base ({causes[0]}); choose others"
+        return f"none of {MAX_DRAWS} draws is valid, the last one for {cause}; narrow the space"
+
+    def _refusal(self, base: TeacherTrainingConfig | DistillConfig, path: str, value: Any) -> str:
+        try:
+            self._run(base, {path: value}, "space")
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    @model_validator(mode="after")
+    def _fields_can_be_varied(self) -> Self:
+        for path in self.space:
+            for fixed in FIXED_FIELDS:
+                if f"{path}.".startswith(f"{fixed}."):
+                    raise ValueError(
+                        f"space.{path}: trials are compared for one budget and on the same images; give it "
+                        f"in base or changes"
+                    )
+        if pair := overlapping(list(self.space)):
+            raise ValueError(f"space.{pair[1]} is a part of space.{pair[0]}; put it into each of its choices")
+        return self
+
+    @model_validator(mode="after")
+    def _every_trial_is_a_run(self) -> Self:
+        base = self.base_run()
+        if self.grace_steps > base.num_steps:
+            raise ValueError(
+                f"grace_steps {self.grace_steps} are more than num_steps {base.num_steps} of base; lower them"
+            )
+        if base.num_validation_images == 0:
+            raise ValueError(
+                "base.num_validation_images is 0, and trials are judged by held-out PSNR; raise it"
+            )
+        self.trials()
+        return self
 
 
 # ---------------------------------------------------------------- upscaling

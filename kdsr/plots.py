@@ -70,6 +70,27 @@ def gains(panels: Mapping[str, Mapping[str, Interval]], *, quantity: str) -> byt
     return _png(figure)
 
 
+@dataclass(frozen=True)
+class Points:
+    """What `values` (n,) came of each of `places`: numbers, or names of choices."""
+
+    places: Sequence[float] | Sequence[str]
+    values: Sequence[float]
+    is_logarithmic: bool = False
+
+
+def scatter(panels: Mapping[str, Points], *, quantity: str) -> bytes:
+    """A point for each value, one panel for each of `panels`, side by side."""
+    figure, axes = _panels(len(panels))
+    for place, (title, points) in zip(axes, panels.items(), strict=True):
+        place.scatter(points.places, points.values, s=18, color=COLOURS[1])
+        if points.is_logarithmic:
+            place.set_xscale("log")
+        place.set_xlabel(title)
+    axes[0].set_ylabel(quantity)
+    return _png(figure)
+
+
 def _panels(count: int, *, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
     # Agg needs no display. Nothing global is touched: pyplot would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

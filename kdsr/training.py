@@ -7,12 +7,13 @@ import contextlib
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -38,7 +39,7 @@ from kdsr.config import (
 )
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
-from kdsr.errors import KeyNotFound, RequestError
+from kdsr.errors import KdsrError, KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
 from kdsr.models import (
     build_model,
@@ -75,6 +76,7 @@ from kdsr.terms import (
     PixelTerm,
     TappedTerm,
 )
+from kdsr.tracking import MlflowRun, begin_mlflow
 from kdsr.upscale import Upscaler
 from kdsr.validation import (
     heldout_pairs,
@@ -95,10 +97,12 @@ FREE_FIELDS = {
     "log_every_steps",
     "save_every_steps",
     "store",
+    "tracking",
     "validate_every_steps",
 }
 
-
+HELD_OUT = "heldout_psnr_y"
+"""The metric that chooses among checkpoints, and among runs."""
 LOOKS = AdversarialTerm | PerceptualTerm
 """Terms that leave the mean of what HR may be, which PSNR asks for, for something that looks right."""
 LEAST_PLACES = 9
@@ -119,11 +123,21 @@ class Worker:
 
 
 @dataclass(frozen=True)
+class Save:
+    """What one checkpoint took."""
+
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a run tells its caller every `log_every_steps`."""
 
     step: int
     metrics: dict[str, float]
+    saves: tuple[Save, ...] = ()
+    """Checkpoints since the last one."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +168,29 @@ def check(config: RunConfig) -> Inputs:
     teachers = _check_teachers(config, index) if _asks_teacher(config) else ()
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
-    _require_same_run(_run_store(config), config)
+    _require_same_run(run_store(config), config)
     return Inputs(index, teachers)
 
 
 def saved_step(config: RunConfig) -> int:
     """The step that a start of this run goes on from."""
-    return StateStore(_run_store(config)).step("latest") or 0
+    return StateStore(run_store(config)).step("latest") or 0
+
+
+def logged(config: RunConfig) -> list[dict[str, float]]:
+    """What the run has logged, a dict for each step that it logged."""
+    try:
+        lines = run_store(config).get("metrics.jsonl").decode().splitlines()
+    except KeyNotFound:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def discard_checkpoints(config: RunConfig) -> None:
+    """Free what only a run that goes on would need."""
+    store = run_store(config)
+    for info in list(store.list("checkpoints/")):
+        store.delete(info.key)
 
 
 def exported_card(config: RunConfig) -> Card | None:
@@ -168,7 +198,7 @@ def exported_card(config: RunConfig) -> Card | None:
     if saved_step(config) < config.num_steps:
         return None
     try:
-        return load_card(f"{_run_store(config).uri}/model", config.store)
+        return load_card(f"{run_store(config).uri}/model", config.store)
     except RequestError:
         return None
 
@@ -181,20 +211,24 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     """
     inputs = check(config)
     state, objective = _begin(config, inputs, worker)
-    states, history = StateStore(_run_store(config)), History(_run_store(config))
+    states, history = StateStore(run_store(config)), History(run_store(config), _tracker(config, worker))
     if (latest := states.load("latest")) is not None:
         state.load_state_dict(latest)
     history.resume(state.step)
     if worker.rank == 0:
-        _run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
+        run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
     reports = _fit(config, state, objective, _pairs(config, inputs, state.cursor, worker), worker)
     validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
     try:
         yield from _consume(config, worker, state, reports, states, history, validate)
+    except KdsrError:
+        history.end("FAILED")
+        raise
     finally:
         history.close()
     if worker.rank == 0:
         _export(config, inputs, worker, states, history)
+        history.end("FINISHED")
 
 
 def rehearse(
@@ -221,6 +255,7 @@ def _consume(
 ) -> Iterator[Progress]:
     """Log, validate and save at the steps that `config` names, and at the last."""
     recent: list[StepReport] = []
+    saves: list[Save] = []
     for report in reports:
         recent.append(report)
         last = report.step == config.num_steps
@@ -237,9 +272,16 @@ def _consume(
             history.save()
             # `latest` goes last: a run that is killed between the two finds its best step again.
             pointers = ("best", "latest") if is_best else ("latest",)
-            states.save(state.state_dict(), step=state.step, pointers=pointers)
+            saves.append(_save(states, state, pointers))
         if metrics:
-            yield Progress(report.step, metrics)
+            yield Progress(report.step, metrics, tuple(saves))
+            saves = []
+
+
+def _save(states: StateStore, state: TrainState, pointers: Sequence[str]) -> Save:
+    began = time.perf_counter()
+    num_bytes = states.save(state.state_dict(), step=state.step, pointers=pointers)
+    return Save(time.perf_counter() - began, num_bytes)
 
 
 def _summarise(reports: Sequence[StepReport], world_size: int) -> dict[str, float]:
@@ -632,10 +674,14 @@ def _validator(
 
 
 class History:
-    """`metrics.jsonl` and TensorBoard events of a run; complete after any number of restarts."""
+    """`metrics.jsonl` and TensorBoard events of a run; complete after any number of restarts.
 
-    def __init__(self, store: Store) -> None:
+    A `tracker` is told the same.
+    """
+
+    def __init__(self, store: Store, tracker: MlflowRun | None = None) -> None:
         self.store = store
+        self.tracker = tracker
         self.rows: list[dict[str, Any]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="kdsr-tensorboard-")
         self._writer: SummaryWriter | None = None
@@ -655,6 +701,13 @@ class History:
             self._writer = SummaryWriter(self._folder.name, purge_step=step, flush_secs=10)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.add(step, metrics)
+
+    def end(self, status: Literal["FINISHED", "FAILED"]) -> None:
+        """Tell the tracker how it ended; a run that is stopped from outside has not."""
+        if self.tracker is not None:
+            self.tracker.finish(status)
 
     def save(self) -> None:
         """Put all of it into the store."""
@@ -674,6 +727,20 @@ class History:
         """The step with the highest held-out PSNR; None without validation."""
         measured = [row for row in self.rows if "heldout_psnr_y" in row]
         return max(measured, key=lambda row: row["heldout_psnr_y"])["step"] if measured else None
+
+
+def _tracker(config: RunConfig, worker: Worker) -> MlflowRun | None:
+    """Where the first rank reports to beside its store. Raises RequestError when it does not answer."""
+    if config.tracking.mlflow_uri is None or worker.rank != 0:
+        return None
+    return begin_mlflow(
+        config.tracking.mlflow_uri,
+        experiment=config.tracking.experiment,
+        name=config.name,
+        store=run_store(config),
+        settings=dict(_settings(config.model_dump(mode="json"))),
+        commit=provenance.commit(),
+    )
 
 
 def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStore, history: History) -> Card:
@@ -701,7 +768,7 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
         num_steps=chosen["step"],
         metrics={"heldout_psnr_y": round(rows[-1]["heldout_psnr_y"], 3)} if rows else {},
     )
-    return save_model(_run_store(config).child("model"), fold(model), card)
+    return save_model(run_store(config).child("model"), fold(model), card)
 
 
 def _goal(config: RunConfig) -> Goal:
@@ -732,7 +799,8 @@ def _check_balance(config: RunConfig) -> None:
         )
 
 
-def _run_store(config: RunConfig) -> Store:
+def run_store(config: RunConfig) -> Store:
+    """Where a run lies."""
     return open_store(config.output, config.store).child(config.name)
 
 

@@ -23,6 +23,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "label": config.LabelConfig,
     "distill": config.DistillConfig,
     "compare": config.CompareConfig,
+    "tune": config.TuneConfig,
     "evaluate": config.EvaluateConfig,
     "upscale": config.UpscaleConfig,
     "demo": config.DemoConfig,

@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [
-    "errors spec uris terms config cli provenance",
-    "image codecs tiles store shards photos naming manifest progress measures duplicates check",
+    "errors spec uris terms space config cli provenance",
+    "image codecs tiles store shards photos naming manifest progress tracking measures duplicates check",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
-    "fit training validation observe label upscale resize windows objects forecast evaluate report "
-    "upscale_report check_report compare compare_summary compare_report plots compress export",
+    "fit training validation observe label upscale resize windows objects forecast evaluate report plots "
+    "upscale_report check_report compare compare_summary compare_report tune tune_report compress export",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 HEAVY = {"torch", "ray", "pyarrow", "boto3", "PIL"}
