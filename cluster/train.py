@@ -14,6 +14,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from torch import nn
 
 from cluster import session
+from cluster.metrics import RunMetrics
 from kdsr import provenance
 from kdsr.config import DistillConfig, TeacherTrainingConfig
 from kdsr.errors import KdsrError
@@ -101,7 +102,9 @@ def _work(arguments: dict[str, Any]) -> None:
     done = saved_step(config)
     # Only the steps of this start are on the bar: those of an earlier one would make its rate and ETA lie.
     bar = tqdm_ray.tqdm(total=config.num_steps - done, desc=config.name) if worker.rank == 0 else None
+    metrics = RunMetrics(config, worker, done=done)
     for progress in train(config, worker):
+        metrics.observe(progress)
         if bar is not None:
             bar.set_description(_describe(config.name, progress))
             bar.update(progress.step - done)

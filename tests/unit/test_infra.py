@@ -88,3 +88,12 @@ def test_the_aws_cluster_fits_the_schema_of_ray():
 def test_the_head_of_the_aws_cluster_hides_its_dashboard():
     start = " ".join(load(INFRA / "aws" / "cluster.yaml")["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_the_dashboard_asks_for_numbers_that_are_told_and_the_page_names_them_all() -> None:
+    told = set(re.findall(r'_(counter|gauge)\("(kdsr_train_\w+)"', (ROOT / "cluster/metrics.py").read_text()))
+    names = {f"ray_{name}{'_total' if kind == 'counter' else ''}" for kind, name in told}
+    asked = set(re.findall(r"ray_kdsr_train_\w+", (ROOT / "infra/grafana/training.json").read_text()))
+    page = set(re.findall(r"ray_kdsr_train_\w+", (ROOT / "docs/running.md").read_text()))
+    json.loads((ROOT / "infra/grafana/training.json").read_text())
+    assert asked <= names and page == names and len(names) > 10
