@@ -279,7 +279,7 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
     ray.data.DataContext.get_current().use_datasource_v2 = False
     tasks = ray.data.read_parquet(f"{root}/{records.pending_key}", filesystem=filesystem)
     # An actor answers a whole block at a time, and the blocks are spread over the actors.
-    rows = min(MAX_TASK_ROWS, math.ceil(plan.pending / (4 * cluster.num_workers)))
+    rows = min(MAX_TASK_ROWS, math.ceil(plan.pending / (4 * cluster.most_workers)))
     statuses = tasks.repartition(target_num_rows_per_block=rows).map_batches(
         UpscaleActor,
         fn_constructor_kwargs={
@@ -292,7 +292,7 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
         batch_format="pyarrow",
         # Two calls at a time, so that the end of one task overlaps with the beginning of the next.
         compute=ray.data.ActorPoolStrategy(
-            size=cluster.num_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            size=cluster.most_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
         num_cpus=session.worker_cpus(cluster),
         num_gpus=1 if cluster.use_gpu else 0,

@@ -59,10 +59,10 @@ class _Field:
         self.lost: dict[str, str] = {}
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
-        """All of them, `num_workers` side by side; returns the causes of those that were given up."""
+        """All of them, `most_workers` side by side; returns the causes of those that were given up."""
         waiting, finished = deque(cells), 0
         while waiting or self.running:
-            while waiting and len(self.running) < self.config.cluster.num_workers:
+            while waiting and len(self.running) < self.config.cluster.most_workers:
                 self._start(waiting.popleft())
             self.bar.set_description(f"{finished} of {len(cells)} cells")
             (stream,), _ = ray.wait(list(self.running), num_returns=1)

@@ -109,7 +109,7 @@ def _entries(
     labelled = plan.repartition(len(index.shards)).map(
         _Labeller,
         fn_constructor_args=(config, teacher_sha256, labels, session.worker_threads(config.cluster)),
-        compute=ActorPoolStrategy(size=config.cluster.num_workers),
+        compute=ActorPoolStrategy(size=config.cluster.most_workers),
         num_cpus=session.worker_cpus(config.cluster),
         num_gpus=1 if config.cluster.use_gpu else 0,
     )

@@ -35,9 +35,8 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
     if address is None:
         # Nobody reads the metrics of a private cluster; collecting them takes 2 % of two cores.
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        _require(
-            "CPU", (config.cpus_per_worker or 0.0) * config.num_workers, logical_cpus(), config.num_workers
-        )
+        least = config.least_workers
+        _require("CPU", (config.cpus_per_worker or 0.0) * least, logical_cpus(), least)
         ray.init(
             address="local",
             num_cpus=logical_cpus(),
@@ -70,7 +69,7 @@ def worker_cpus(config: ClusterConfig) -> float:
     if config.cpus_per_worker is not None:
         return config.cpus_per_worker
     total = ray.cluster_resources().get("CPU", 2.0)
-    share = max(1.0, total - READER_CPUS) / config.num_workers
+    share = max(1.0, total - READER_CPUS) / config.most_workers
     return float(int(share)) if share >= 1 else math.floor(100 * share) / 100
 
 
@@ -82,7 +81,7 @@ def worker_threads(config: ClusterConfig) -> int:
     """
     if config.cpus_per_worker is not None:
         return math.ceil(config.cpus_per_worker)
-    return max(1, int(ray.cluster_resources().get("CPU", 1.0) / config.num_workers))
+    return max(1, int(ray.cluster_resources().get("CPU", 1.0) / config.most_workers))
 
 
 def cores() -> int:
@@ -90,14 +89,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def require_capacity(config: ClusterConfig, *, reader_cpus: float = 0.0) -> None:
-    """Raise RequestError when the cluster can never run the workers that were asked for.
+def require_capacity(
+    config: ClusterConfig, *, num_workers: int | None = None, reader_cpus: float = 0.0
+) -> None:
+    """Raise RequestError when the cluster can never run `num_workers`, or as many as were asked for at most.
 
     `reader_cpus` are what tasks that feed the workers need beside them; without it they would wait for ever.
     """
     limits = _limits()
     limits["CPU"] = limits.get("CPU", 0.0) - reader_cpus
-    workers = config.num_workers
+    workers = num_workers or config.most_workers
     _require("CPU", worker_cpus(config) * workers, limits["CPU"], workers)
     _require("GPU", float(config.use_gpu) * workers, limits.get("GPU", 0.0), workers)
 

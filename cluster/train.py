@@ -31,14 +31,16 @@ def run(config: RunConfig) -> Card:
     """Train until done and return the card of the exported model. A finished run returns at once.
 
     Raises RequestError for what can never work, before any worker starts, and the worker's own KdsrError
-    when the run itself is at fault; only lost workers are replaced, `cluster.max_failures` times.
+    when the run itself is at fault; only lost workers are replaced, `cluster.max_failures` times. Between
+    the two numbers of `cluster.num_workers` Ray takes as many workers as there is room for, looks again from
+    time to time, and then begins with all of them at the last checkpoint.
     """
     check(config)
     if (card := exported_card(config)) is not None:
         return card
     # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
     session.connect(config.cluster, dashboard=True)
-    session.require_capacity(config.cluster)
+    session.require_capacity(config.cluster, num_workers=config.cluster.least_workers)
     for attempt in range(config.cluster.max_failures + 1):
         try:
             _trainer(config).fit()
@@ -114,7 +116,8 @@ def _work(arguments: dict[str, Any]) -> None:
 
 
 def _data_parallel(model: nn.Module) -> nn.Module:
-    wrapped: nn.Module = prepare_model(model)
+    # Buffers are the same everywhere without it, and workers may pass unequal numbers of micro-batches.
+    wrapped: nn.Module = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
     return wrapped
 
 

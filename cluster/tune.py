@@ -61,7 +61,7 @@ def _tuner(config: TuneConfig, trials: Sequence[Trial], judge: "_Judge") -> ray_
         ray_tune.with_resources(work, resources),
         param_space={"trial": ray_tune.grid_search([trial.name for trial in trials])},
         tune_config=ray_tune.TuneConfig(
-            metric=METRIC, mode="max", scheduler=judge, max_concurrent_trials=cluster.num_workers
+            metric=METRIC, mode="max", scheduler=judge, max_concurrent_trials=cluster.most_workers
         ),
         run_config=ray_tune.RunConfig(
             name=uuid.uuid4().hex[:12],

@@ -38,19 +38,39 @@ class StoreConfig(Frozen):
     read_timeout_seconds: float = Field(default=60.0, gt=0)
 
 
+def _runs_up(bounds: Any) -> Any:
+    if isinstance(bounds, tuple) and bounds[0] > bounds[1]:
+        raise ValueError(f"a range must run upwards, found {bounds[0]}..{bounds[1]}; swap the two")
+    return bounds
+
+
+Count = Annotated[int, Field(ge=1)]
+NumWorkers = Annotated[Count | tuple[Count, Count], AfterValidator(_runs_up)]
+
+
 class ClusterConfig(Frozen):
     """Which machines do the work."""
 
     address: str | None = None
     """Ray cluster to join; RAY_ADDRESS when not set, a private local cluster when neither is."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training workers, or upscaling actors."""
+    num_workers: NumWorkers = 1
+    """Training workers, or upscaling actors. `[1, 4]` lets training take what there is; others take 4."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
     """CPU share of one worker; when not set, the cluster's CPUs divided so that reading keeps some."""
     use_gpu: bool = False
     """One GPU for each worker."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts of training after lost workers. Errors of the run itself are never tried again."""
+
+    @property
+    def least_workers(self) -> int:
+        """With fewer training does not begin."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """As many as there ever are."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 # ---------------------------------------------------------------- shards
@@ -117,12 +137,6 @@ class BicubicDegradation(Frozen):
     """Antialiased bicubic, equal to MATLAB's imresize. The field's standard."""
 
     kind: Literal["bicubic"] = "bicubic"
-
-
-def _runs_up(bounds: tuple[float, float]) -> tuple[float, float]:
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"a range must run upwards, found {bounds[0]}..{bounds[1]}; swap the two")
-    return bounds
 
 
 class BlurStep(Frozen):
@@ -192,7 +206,7 @@ class DataConfig(Frozen):
     patches_per_row: int = Field(default=8, ge=1)
     """Patches cut from one decoded sub-image in an epoch."""
     window_rows: int = Field(default=256, ge=1)
-    """Sub-images whose patches are mixed with each other; bounds the memory of a reader."""
+    """Sub-images, over all workers, that patches come from at a time; bounds the memory of reading."""
     num_threads: int = Field(default=1, ge=1)
     """Threads that decode."""
     augment: bool = True
@@ -238,6 +252,8 @@ class BudgetConfig(Frozen):
     num_steps: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=16, ge=1)
     """Patches in one step, over all workers of a run together."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Patches, at most, that a worker passes through the network at once; all of its own when not set."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the forward pass; auto takes bfloat16 where the device computes it natively."""
     log_every_steps: int = Field(default=50, ge=1)
@@ -270,13 +286,20 @@ class TrainingConfig(BudgetConfig):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _batch_divides_over_workers(self) -> Self:
-        if self.batch_size % self.cluster.num_workers:
+    def _every_worker_has_patches(self) -> Self:
+        if self.batch_size < self.cluster.most_workers:
             raise ValueError(
-                f"batch_size {self.batch_size} does not divide over cluster.num_workers "
-                f"{self.cluster.num_workers}; make it a multiple"
+                f"batch_size {self.batch_size} is less than cluster.num_workers "
+                f"{self.cluster.most_workers}, and each needs a patch; raise it, or ask for fewer workers"
             )
         return self
+
+    @property
+    def fewest_patches(self) -> int:
+        """Patches of the smallest batch that passes through the network at once."""
+        own = self.batch_size // self.cluster.most_workers
+        parts = -(-own // (self.micro_batch or own))
+        return own // parts
 
 
 class TeacherTrainingConfig(TrainingConfig):
@@ -335,12 +358,12 @@ class DistillConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _critics_see_strangers(self) -> Self:
-        patches = self.batch_size // self.cluster.num_workers
         for term in self.terms:
-            if isinstance(term, CriticTerm) and patches * term.positions < 2:
+            if isinstance(term, CriticTerm) and self.fewest_patches * term.positions < 2:
                 raise ValueError(
                     f"a critic tells features of one place from those of others, and 1 position in 1 patch "
-                    f"a worker leaves no other; raise its positions, or batch_size {self.batch_size}"
+                    f"at a time leaves no other; raise its positions, batch_size {self.batch_size} or "
+                    f"micro_batch"
                 )
         return self
 

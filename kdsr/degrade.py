@@ -11,7 +11,7 @@ first makes patches at the image's border right as well.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -33,6 +33,10 @@ from kdsr.errors import RequestError
 
 BICUBIC_REACH = 2
 """Input pixels of the coarser grid that one bicubic pixel reads on each side."""
+
+
+Random = Generator | Sequence[Generator]
+"""One for all samples of a batch, or one for each, which then looks the same in whatever batch it is."""
 
 
 def quantize(x: Tensor) -> Tensor:
@@ -152,8 +156,9 @@ def degradation_name(degradation: Degradation) -> str:
 class Degrade:
     """From HR (B, C, H, W) in [0, 1] to the LR (B, C, H/scale, W/scale) that a file would hold: 8 bit.
 
-    The same HR and the same state of the generator give the same LR. The generator may live on the CPU or
-    on HR's device; its numbers, and so the LR, differ between the two. Bicubic draws nothing from it.
+    The same HR and the same state of the generator give the same LR; with a generator for each sample, in
+    whatever batch the sample comes. Generators may live on the CPU or on HR's device; their numbers, and so
+    the LR, differ between the two. Bicubic draws nothing from it.
     Raises RequestError when a side is no multiple of `scale`.
     """
 
@@ -165,11 +170,11 @@ class Degrade:
         """See `context`."""
         return context(self.degradation, self.scale)
 
-    def __call__(self, hr: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, hr: Tensor, random: Random) -> Tensor:
         """Nothing is dropped: the caller cuts `context` LR pixels off each side of a patch's LR."""
         if isinstance(self.degradation, BicubicDegradation):
             return bicubic_lr(hr, self.scale)
-        return real_world_lr(hr, self.degradation, self.scale, generator)
+        return real_world_lr(hr, self.degradation, self.scale, random)
 
 
 def build_degradation(degradation: Degradation, scale: int) -> Degrade:
@@ -232,31 +237,31 @@ class Samples:
 
 
 @torch.no_grad()
-def real_world_lr(hr: Tensor, degradation: RealWorldDegradation, scale: int, generator: Generator) -> Tensor:
+def real_world_lr(hr: Tensor, degradation: RealWorldDegradation, scale: int, random: Random) -> Tensor:
     """HR (B, C, H, W) in [0, 1] to 8-bit LR: steps on HR, bicubic, steps on LR. Parameters per sample."""
     _check_multiple(hr, scale)
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
     with torch.autocast(hr.device.type, enabled=False):
         samples = _alone(quantize(hr))
         for step in degradation.steps:
-            samples = apply_step(samples, step, generator)
+            samples = apply_step(samples, step, random)
         samples = _alone(_fit_to(samples, height, width).clamp(0, 1))
         for lr_step in degradation.lr_steps:
-            samples = apply_step(samples, lr_step, generator)
+            samples = apply_step(samples, lr_step, random)
         return quantize(samples.pixels)
 
 
-def apply_step(samples: Samples, step: DegradationStep, generator: Generator) -> Samples:
+def apply_step(samples: Samples, step: DegradationStep, random: Random) -> Samples:
     """One step; what it draws, it draws for each sample."""
     match step:
         case BlurStep():
-            return replace(samples, pixels=blur(samples.pixels, step, generator))
+            return replace(samples, pixels=blur(samples.pixels, step, random))
         case ResizeStep():
-            return resize(samples, step, generator)
+            return resize(samples, step, random)
         case NoiseStep():
-            return replace(samples, pixels=add_noise(samples.pixels, step, generator))
+            return replace(samples, pixels=add_noise(samples.pixels, step, random))
         case JpegStep():
-            return replace(samples, pixels=compress(samples.pixels, step, generator))
+            return replace(samples, pixels=compress(samples.pixels, step, random))
 
 
 def _alone(pixels: Tensor) -> Samples:
@@ -266,17 +271,24 @@ def _alone(pixels: Tensor) -> Samples:
     return Samples(pixels, heights=size[0].expand(batch), widths=size[1].expand(batch))
 
 
-def _uniform(samples: Tensor, bounds: tuple[float, float], generator: Generator) -> Tensor:
+def _uniform(samples: Tensor, bounds: tuple[float, float], random: Random) -> Tensor:
     """(B,) one number for each sample, on its device whatever the generator's."""
-    drawn = torch.rand(samples.shape[0], generator=generator, device=generator.device)
+    drawn = _drawn(torch.rand, samples.shape[:1], random)
     return bounds[0] + (bounds[1] - bounds[0]) * drawn.to(samples)
 
 
-def blur(x: Tensor, step: BlurStep, generator: Generator) -> Tensor:
+def _drawn(draw: Callable[..., Tensor], shape: Sequence[int], random: Random) -> Tensor:
+    """Numbers of `shape`, samples first, on the device of the generators."""
+    if isinstance(random, Generator):
+        return draw(shape, generator=random, device=random.device)
+    return torch.stack([draw(shape[1:], generator=each, device=each.device) for each in random])
+
+
+def blur(x: Tensor, step: BlurStep, random: Random) -> Tensor:
     """(B, C, H, W) blurred by a Gaussian of random width, ratio of axes and direction."""
-    sigma = _uniform(x, step.sigma, generator)
-    ratio = _uniform(x, (1.0, step.anisotropy), generator)
-    angle = _uniform(x, (0.0, math.pi), generator)
+    sigma = _uniform(x, step.sigma, random)
+    ratio = _uniform(x, (1.0, step.anisotropy), random)
+    angle = _uniform(x, (0.0, math.pi), random)
     radius = _blur_radius(step)
     kernels = gaussian_kernels(sigma, sigma / ratio, angle, radius).unsqueeze(1)
     padded = F.pad(x, (radius,) * 4, mode="replicate").transpose(0, 1)  # a sample is a channel, with a kernel
@@ -299,11 +311,11 @@ def gaussian_kernels(along: Tensor, across: Tensor, angle: Tensor, radius: int) 
     return weights / weights.sum(dim=(1, 2), keepdim=True)
 
 
-def add_noise(x: Tensor, step: NoiseStep, generator: Generator) -> Tensor:
+def add_noise(x: Tensor, step: NoiseStep, random: Random) -> Tensor:
     """(B, C, H, W) with Gaussian noise of random strength, the same in all channels where grey is drawn."""
-    sigma = _uniform(x, step.sigma, generator).view(-1, 1, 1, 1) / 255
-    is_grey = _uniform(x, (0.0, 1.0), generator).view(-1, 1, 1, 1) < step.grey_probability
-    noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+    sigma = _uniform(x, step.sigma, random).view(-1, 1, 1, 1) / 255
+    is_grey = _uniform(x, (0.0, 1.0), random).view(-1, 1, 1, 1) < step.grey_probability
+    noise = _drawn(torch.randn, x.shape, random).to(x)
     return (x + sigma * torch.where(is_grey, noise[:, :1], noise)).clamp(0, 1)
 
 
@@ -323,10 +335,10 @@ def linear(t: Tensor) -> Tensor:
     return (1 - t.abs()).clamp_min(0)
 
 
-def resize(samples: Samples, step: ResizeStep, generator: Generator) -> Samples:
+def resize(samples: Samples, step: ResizeStep, random: Random) -> Samples:
     """Each sample by a factor and with a kernel (box, linear or cubic, antialiased) of its own."""
-    factor = _uniform(samples.pixels, step.factor, generator)
-    choice = (_uniform(samples.pixels, (0.0, 3.0), generator)).floor().view(-1, 1, 1)
+    factor = _uniform(samples.pixels, step.factor, random)
+    choice = (_uniform(samples.pixels, (0.0, 3.0), random)).floor().view(-1, 1, 1)
 
     def kernel(t: Tensor) -> Tensor:
         return torch.where(choice == 0, box(t), torch.where(choice == 1, linear(t), keys_cubic(t)))
@@ -398,11 +410,11 @@ YCC_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772,
 Table = tuple[tuple[float, ...], ...]
 
 
-def compress(x: Tensor, step: JpegStep, generator: Generator) -> Tensor:
+def compress(x: Tensor, step: JpegStep, random: Random) -> Tensor:
     """(B, C, H, W) in [0, 1] after JPEG of a random quality, colour at half the size where that is drawn."""
     low, high = step.quality
-    quality = _uniform(x, (low, high + 1), generator).floor().clamp_max(high)
-    is_subsampled = _uniform(x, (0.0, 1.0), generator) < step.subsampling_probability
+    quality = _uniform(x, (low, high + 1), random).floor().clamp_max(high)
+    is_subsampled = _uniform(x, (0.0, 1.0), random) < step.subsampling_probability
     return jpeg(x, quality, is_subsampled)
 
 

@@ -4,9 +4,11 @@ Knows neither where data comes from nor what is distilled, and no cluster.
 """
 
 import copy
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +20,8 @@ from kdsr.errors import NonFiniteLoss
 from kdsr.models import SrModel
 from kdsr.objectives import Losses
 from kdsr.pairs import Cursor, PairBatch, mixed_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,24 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Go on from `state`. Without a position in this order of the data, its first epoch begins."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.get("auxiliary", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.cursor = Cursor(*state["cursor"])
+        self.cursor = _cursor(state["cursor"])
+
+
+def _cursor(saved: Sequence[int]) -> Cursor:
+    if len(saved) == len(Cursor._fields):
+        return Cursor(*saved)
+    log.warning(
+        "the checkpoint counts its data in windows, in another order than today's: the epoch that it was in "
+        "ends here, and the run goes on with a new one"
+    )
+    return Cursor()
 
 
 def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> TrainState:
@@ -130,14 +144,18 @@ def fit(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     after_step: Callable[[], dict[str, float]] = dict,
+    micro_batch: int | None = None,
+    apart: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[StepReport]:
     """Train until `until_step`, one report a step. `state` is current whenever a report is handed over.
 
     What a step draws from torch's generators follows from `seed` and its number alone, so that a run that
     goes on draws what it would have drawn; give each worker a `seed` of its own.
     `autocast` is the type of the forward pass; None leaves it in float32. `after_step` is called when the
-    weights have moved, and what it returns is reported. Raises NonFiniteLoss, before the weights are
-    touched, when a term or the gradient is NaN or infinite.
+    weights have moved, and what it returns is reported. A batch of more than `micro_batch` patches passes in
+    near-equal parts whose gradients add up to those of the whole, but for what a term draws, and what it
+    compares over a batch; all but the last part pass within `apart`, where workers need not share gradients.
+    Raises NonFiniteLoss, before the weights are touched, when a term or the gradient is NaN or infinite.
     """
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     while state.step < until_step:
@@ -147,10 +165,15 @@ def fit(
         arrived = time.perf_counter()
         pair = replace(pair, progress=state.step / state.num_steps)
         learning_rate = _set_learning_rate(state)
-        with torch.autocast(pair.lr.device.type, dtype=autocast, enabled=autocast is not None):
-            losses = objective(pair)
-        values = _finite_values(losses, step=state.step + 1, cursor=cursor)
-        torch.stack(list(losses.values())).sum().backward()
+        values: dict[str, float] = {}
+        parts = pair.parts(micro_batch)
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else apart():
+                with torch.autocast(part.lr.device.type, dtype=autocast, enabled=autocast is not None):
+                    losses = objective(part)
+                for name, value in _finite_values(losses, step=state.step + 1, cursor=cursor).items():
+                    values[name] = values.get(name, 0.0) + value * len(part) / len(pair)
+                (torch.stack(list(losses.values())).sum() * part.weight).backward()
         norm = _clip(parameters, state.config.clip_norm)
         if not math.isfinite(norm):
             _refuse("the gradient", norm, step=state.step + 1, cursor=cursor)
@@ -198,9 +221,8 @@ def _finite_values(losses: Losses, *, step: int, cursor: Cursor) -> dict[str, fl
 
 def _refuse(what: str, value: float, *, step: int, cursor: Cursor) -> None:
     raise NonFiniteLoss(
-        f"step {step}: {what} is {value} for the batch that ends at epoch {cursor.epoch}, window "
-        f"{cursor.window}, patch {cursor.patch}; the last good checkpoint is kept. Lower "
-        f"optimizer.learning_rate, set optimizer.clip_norm, or use precision float32"
+        f"step {step}: {what} is {value} for batch {cursor.step} of the data; the last good checkpoint is "
+        f"kept. Lower optimizer.learning_rate, set optimizer.clip_norm, or use precision float32"
     )
 
 

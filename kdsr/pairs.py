@@ -1,19 +1,22 @@
-"""LR and HR patches from shards, in an order that a small cursor can continue exactly.
+"""LR and HR patches from shards, in an order that the number of a step continues exactly.
 
-One global order of patches follows from (seed, epoch) alone. A step takes the next `batch_size` of them and
-rank r every world_size-th, so the union over the ranks is the same for any number of workers. The price:
-each rank reads every row group, though it decodes only the rows it takes patches from.
+`kdsr.lanes` says which sub-image gives a patch to which place of which step; here they are read ahead,
+decoded and cut. A worker reads the row groups that its own lanes are in, and no others.
 """
 
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import count, pairwise
 from math import lcm
 from queue import Queue
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -23,11 +26,17 @@ from kdsr import shards
 from kdsr.config import DataConfig
 from kdsr.degrade import Degrade
 from kdsr.errors import DataError, RequestError
+from kdsr.lanes import Lanes, own_lanes
 from kdsr.shards import Row, ZoomCrop
-from kdsr.spec import Channels, ShardIndex, StoredTap
+from kdsr.spec import Channels, ShardEntry, ShardIndex, StoredTap
 from kdsr.store import Store
 
 Array = np.ndarray
+
+READ_THREADS = 8
+"""Row groups that are read at once; they wait for a store most of the time."""
+BATCHES_READY = 2
+"""Batches that are cut before they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +61,41 @@ class PairBatch:
     """Another input from the same images, with the teacher's stored answer."""
     progress: float = 0.0
     """How much of the run is done, 0 to 1; schedules read it."""
+    weight: float = 1.0
+    """What its means count for in the mean over workers: its patches, times workers / batch size."""
+
+    def __len__(self) -> int:
+        """Number of patches B."""
+        return len(self.lr)
+
+    def parts(self, most: int | None) -> list["PairBatch"]:
+        """Itself in near-equal parts of at most `most` patches, which share its weight."""
+        number = -(-len(self) // (most or len(self)))
+        bounds = [part * len(self) // number for part in range(number + 1)]
+        return [self] if number == 1 else [self._part(low, high) for low, high in pairwise(bounds)]
+
+    def _part(self, low: int, high: int) -> "PairBatch":
+        cut = {each.name: _sliced(getattr(self, each.name), low, high) for each in fields(self)}
+        return PairBatch(**cut | {"weight": self.weight * (high - low) / len(self)})
+
+
+def _sliced(value: Any, low: int, high: int) -> Any:
+    match value:
+        case Tensor():
+            return value[low:high]
+        case ZoomPair():
+            return ZoomPair(value.lr[low:high], value.teacher_sr[low:high])
+        case Mapping():
+            return {name: tensor[low:high] for name, tensor in value.items()}
+        case _:
+            return value
 
 
 class Cursor(NamedTuple):
-    """Where a run is in its data: the next patch of a window of an epoch."""
+    """Where a run is in its data."""
 
-    epoch: int = 0
-    window: int = 0
-    patch: int = 0
-
-
-class RowGroup(NamedTuple):
-    """The unit that is read from a store."""
-
-    shard: int
-    row_group: int
+    step: int = 0
+    """Steps that were taken in this order of the data; all but those of another order, before it."""
 
 
 class _Zoom(NamedTuple):
@@ -77,24 +106,19 @@ class _Zoom(NamedTuple):
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """What one rank reads for one step: HR patches with context, and the cursor behind the step."""
+    """What one worker reads for one step: HR patches with context, and the cursor behind the step."""
 
     hr: Array
     """(b, P, P, 3) uint8."""
     teacher_sr: Array | None
     cursor: Cursor
-    seed: int
-    """Of the random parts of the degradation."""
+    seeds: tuple[int, ...]
+    """Of the random parts of the degradation, one for each patch."""
+    weight: float
+    """See `PairBatch`."""
     teacher_features: Mapping[str, Array] = field(default_factory=dict)
     """By tap, (b, rank, h', w') float16 of the patches without their context."""
     zoom: _Zoom | None = None
-
-
-class _Patch(NamedTuple):
-    row: int
-    """Index into the rows of the window."""
-    variant: int
-    """Which of the patches of that row."""
 
 
 class _Pixels(NamedTuple):
@@ -122,12 +146,23 @@ class _Answer:
 class _Decoded(NamedTuple):
     """A sub-image, whole."""
 
+    place: int
+    """A number that tells it from others."""
     hr: Array
     """(H, W, 3) uint8."""
     teacher_sr: Array | None
     teacher_features: Mapping[str, Array]
     """By tap, (rank, h', w') float16."""
     answers: Sequence[_Answer]
+
+
+class _Patch(NamedTuple):
+    """A patch that is yet to be cut."""
+
+    epoch: int
+    variant: int
+    """Which of the patches of its row."""
+    row: Future[_Decoded]
 
 
 class _Turn(NamedTuple):
@@ -142,24 +177,14 @@ class _Turn(NamedTuple):
         return np.ascontiguousarray(np.flip(turned, axes[1]) if self.mirror else turned)
 
 
-def epoch_windows(index: ShardIndex, *, epoch: int, seed: int, window_rows: int) -> list[list[RowGroup]]:
-    """Every row group once, in the order of `epoch`, cut into windows of at least `window_rows` rows."""
-    groups = [RowGroup(s, g) for s, entry in enumerate(index.shards) for g in range(len(entry.row_groups))]
-    order = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    windows: list[list[RowGroup]] = []
-    rows_in_window = window_rows
-    for group in (groups[i] for i in order):
-        if rows_in_window >= window_rows:
-            windows.append([])
-            rows_in_window = 0
-        windows[-1].append(group)
-        rows_in_window += index.shards[group.shard].row_groups[group.row_group]
-    return windows
-
-
 @dataclass(frozen=True)
 class PatchReader:
-    """Reads, decodes and cuts patches for one rank. Knows no device and no network."""
+    """Reads, decodes and cuts the patches of one worker. Knows no device and no network.
+
+    Memory: for each of its lanes, at most 3 * `mix_rows` + 1 decoded sub-images, and encoded the row groups
+    of the rows that come next: one, two where a lane passes from one to another. Lanes that are in one row
+    group share it. Nothing of it grows with the set.
+    """
 
     store: Store
     index: ShardIndex
@@ -168,7 +193,7 @@ class PatchReader:
     context: int
     """LR pixels around a patch that its LR depends on and that are dropped later."""
     batch_size: int
-    """Patches of a step over all ranks."""
+    """Patches of a step over all workers, and lanes of the run."""
     seed: int
     columns: tuple[str, ...] = ("image", "teacher_sr")
     """Those that are read, where there are any; a teacher's must be of this `scale`. See `read_row_group`."""
@@ -179,6 +204,16 @@ class PatchReader:
     def side(self) -> int:
         """Height and width in HR pixels of a patch with its context."""
         return (self.data.patch_size + 2 * self.context) * self.scale
+
+    @property
+    def mix_rows(self) -> int:
+        """Sub-images of one lane whose patches are mixed."""
+        return -(-self.data.window_rows // self.batch_size)
+
+    @property
+    def own_lanes(self) -> range:
+        """Those of this worker."""
+        return own_lanes(self.batch_size, rank=self.rank, world_size=self.world_size)
 
     @cached_property
     def _taps(self) -> tuple[StoredTap, ...]:
@@ -203,40 +238,26 @@ class PatchReader:
         """Where the first patch with its context may begin, in LR pixels."""
         return -self.context % self._grid
 
-    def batches(self, start: Cursor = Cursor()) -> Iterator[PatchBatch]:
-        """This rank's part of every step from `start` on, without end, read ahead by one window.
+    @cached_property
+    def _row_groups(self) -> list[tuple[ShardEntry, int]]:
+        return [(entry, group) for entry in self.index.shards for group in range(len(entry.row_groups))]
 
-        Raises DataError when an epoch passes in which no sub-image is large enough.
-        """
-        stream = _read_ahead(self._patches(start), depth=self.data.window_rows * self.data.patches_per_row)
-        while True:
-            step = [next(stream) for _ in range(self.batch_size)]
-            own = [patch for patch, _ in step if patch is not None]
-            cursor = step[-1][1]
-            yield _collate(own, cursor, seed=mixed_seed(self.seed, *cursor, self.rank))
+    @cached_property
+    def _trained(self) -> tuple[Array, ...]:
+        """Of each row group, which rows are trained on: those not held out in which a patch has room."""
+        sides = (
+            np.asarray(group) for shard in shards.trained_sides(self.store, self.index) for group in shard
+        )
+        least = self.side + self._first * self.scale
+        return tuple(np.flatnonzero(side // self.scale * self.scale >= least) for side in sides)
 
-    def _patches(self, start: Cursor) -> Iterator[tuple[_Pixels | None, Cursor]]:
-        """All patches from `start` in the global order; those of other ranks as None.
-
-        A step is a whole batch, so position in the stream decides the rank, and the stream starts at a step.
-        """
-        cursor = start
-        position = 0
-        with ThreadPoolExecutor(self.data.num_threads) as pool:
-            while True:
-                found = False
-                windows = epoch_windows(
-                    self.index, epoch=cursor.epoch, seed=self.seed, window_rows=self.data.window_rows
-                )
-                for number in range(cursor.window, len(windows)):
-                    here = Cursor(cursor.epoch, number, cursor.patch if number == cursor.window else 0)
-                    for patch, after in self._window(pool, windows[number], here, position):
-                        found = True
-                        position += 1
-                        yield patch, after
-                if not found and cursor == Cursor(cursor.epoch, 0, 0):
-                    raise self._nothing_fits()
-                cursor = Cursor(cursor.epoch + 1, 0, 0)
+    @cached_property
+    def lanes(self) -> Lanes:
+        """Those of the run. Raises DataError when no sub-image is large enough."""
+        group_rows = tuple(len(rows) for rows in self._trained)
+        if not any(group_rows):
+            raise self._nothing_fits()
+        return Lanes(group_rows, self.batch_size, self.data.patches_per_row, self.mix_rows, self.seed)
 
     def _nothing_fits(self) -> DataError:
         return DataError(
@@ -245,71 +266,76 @@ class PatchReader:
             f"patch_size, or shard with a larger sub_image_size"
         )
 
-    def _window(
-        self, pool: ThreadPoolExecutor, groups: list[RowGroup], start: Cursor, position: int
-    ) -> Iterator[tuple[_Pixels | None, Cursor]]:
-        rows = [row for group in groups for row in self._rows(group)]
-        patches = [_Patch(r, v) for r in range(len(rows)) for v in range(self.data.patches_per_row)]
-        order = np.random.default_rng([self.seed, start.epoch, start.window]).permutation(len(patches))
-        left = [patches[i] for i in order][start.patch :]
-        own = [p for i, p in enumerate(left) if self._is_own(position + i)]
-        pixels = self._cut_all(pool, rows, own, start.epoch)
-        for offset, patch in enumerate(left):
-            yield pixels.pop(patch, None), Cursor(start.epoch, start.window, start.patch + offset + 1)
+    def batches(self, start: Cursor = Cursor()) -> Iterator[PatchBatch]:
+        """This worker's part of every step from `start` on, without end, made by a thread of its own.
 
-    def _is_own(self, position: int) -> bool:
-        return position % self.batch_size % self.world_size == self.rank
+        Raises DataError when no sub-image is large enough.
+        """
+        return _read_ahead(self._batches(start), depth=BATCHES_READY)
 
-    def _rows(self, group: RowGroup) -> list[Row]:
-        entry = self.index.shards[group.shard]
-        rows = shards.read_row_group(self.store, entry, group.row_group, columns=self.columns)
-        return [row for row in rows if not row.heldout and self._fits(row)]
+    def _batches(self, start: Cursor) -> Generator[PatchBatch, None, None]:
+        """Rows are asked for as many steps ahead as a lane takes for the rows that it mixes."""
+        ahead = max(1, self.mix_rows * self.data.patches_per_row - BATCHES_READY)
+        asked: deque[list[_Patch]] = deque()
+        cut: deque[Iterator[_Pixels]] = deque()
+        with _Pools.of(self.data.num_threads) as pools:
+            lanes = [self._patches(lane, start.step, pools) for lane in self.own_lanes]
+            for step in count(start.step + 1 - ahead - BATCHES_READY):
+                asked.append([next(lane) for lane in lanes])
+                if len(asked) > ahead:
+                    cut.append(pools.cut.map(self._cut, asked.popleft()))
+                if len(cut) > BATCHES_READY:
+                    yield self._collate(list(cut.popleft()), step)
 
-    def _fits(self, row: Row) -> bool:
-        whole = min(row.height, row.width) // self.scale * self.scale
-        return whole >= self.side + self._first * self.scale
+    def _patches(self, lane: int, step: int, pools: "_Pools") -> Iterator[_Patch]:
+        """Those of `lane` from `step` on, as promises; rows are decoded in the order of their first patch."""
+        for mix in self.lanes.mixes(lane, step):
+            groups = {row.group: self._group(row.group, pools) for row in mix.rows}
+            decoded: dict[int, Future[_Decoded]] = {}
+            for place, variant in mix.patches:
+                if place not in decoded:
+                    row = mix.rows[place]
+                    decoded[place] = pools.decode.submit(self._decode, groups[row.group], row.row)
+                yield _Patch(mix.epoch, variant, decoded[place])
 
-    def _cut_all(
-        self, pool: ThreadPoolExecutor, rows: list[Row], own: list[_Patch], epoch: int
-    ) -> dict[_Patch, _Pixels]:
-        """Decode each row that has a patch of this rank once, and cut all of them."""
-        variants: dict[int, list[int]] = {}
-        for patch in own:
-            variants.setdefault(patch.row, []).append(patch.variant)
+    def _group(self, number: int, pools: "_Pools") -> Future[list[Row]]:
+        """Read once for all lanes that are in it at the same time."""
+        group = pools.groups.get(number)
+        if group is None:
+            group = pools.groups[number] = pools.read.submit(self._rows, number)
+        return group
 
-        def cut_row(row: int) -> list[tuple[_Patch, _Pixels]]:
-            images = self._decode(rows[row])
-            return [
-                (_Patch(row, variant), self._cut(rows[row], images, epoch, variant))
-                for variant in variants[row]
-            ]
+    def _rows(self, number: int) -> list[Row]:
+        entry, group = self._row_groups[number]
+        rows = shards.read_row_group(self.store, entry, group, columns=self.columns)
+        return [rows[row] for row in self._trained[number]]
 
-        return dict(pair for pairs in pool.map(cut_row, variants) for pair in pairs)
-
-    def _decode(self, row: Row) -> _Decoded:
+    def _decode(self, group: Future[list[Row]], number: int) -> _Decoded:
+        row = group.result()[number]
         teacher_sr = None if row.teacher_sr is None else shards.row_pixels(row, row.teacher_sr)
         return _Decoded(
+            zlib.crc32(f"{row.key} {row.x} {row.y}".encode()),
             shards.row_pixels(row, row.image),
             teacher_sr,
             {tap.tap: shards.row_features(row, tap.tap) for tap in self._taps},
             [_Answer(row, crop) for crop in row.zoom],
         )
 
-    def _cut(self, row: Row, images: _Decoded, epoch: int, variant: int) -> _Pixels:
-        """One patch, its place and its flips drawn from (seed, epoch, sub-image, variant) alone."""
-        place = f"{row.key} {row.x} {row.y}"
-        random = np.random.default_rng([self.seed, epoch, zlib.crc32(place.encode()), variant])
+    def _cut(self, patch: _Patch) -> _Pixels:
+        """Its place and its flips are drawn from (seed, epoch, sub-image, variant) alone."""
+        images = patch.row.result()
+        random = np.random.default_rng([self.seed, patch.epoch, images.place, patch.variant])
         height, width = images.hr.shape[:2]
         top, left = self._place(height, random), self._place(width, random)
         turn = self._turn(random)
 
-        def patch(image: Array) -> Array:
+        def part(image: Array) -> Array:
             y, x = top * self.scale, left * self.scale
             return turn.of(image[y : y + self.side, x : x + self.side])
 
         return _Pixels(
-            patch(images.hr),
-            None if images.teacher_sr is None else patch(images.teacher_sr),
+            part(images.hr),
+            None if images.teacher_sr is None else part(images.teacher_sr),
             {
                 tap.tap: self._features(images.teacher_features[tap.tap], tap, top, left, turn)
                 for tap in self._taps
@@ -351,19 +377,41 @@ class PatchReader:
         assert zoom is not None
         return min(self.data.patch_size, zoom.side)
 
+    def _collate(self, pixels: list[_Pixels], step: int) -> PatchBatch:
+        """What `step`, counted from 1, is made of."""
+        teacher = [patch.teacher_sr for patch in pixels if patch.teacher_sr is not None]
+        zooms = [patch.zoom for patch in pixels if patch.zoom is not None]
+        features = [patch.teacher_features for patch in pixels]
+        return PatchBatch(
+            hr=np.stack([patch.hr for patch in pixels]),
+            teacher_sr=np.stack(teacher) if teacher else None,
+            cursor=Cursor(step),
+            seeds=tuple(mixed_seed(self.seed, step, lane) for lane in self.own_lanes),
+            weight=len(pixels) * self.world_size / self.batch_size,
+            teacher_features={tap: np.stack([each[tap] for each in features]) for tap in features[0]},
+            zoom=_Zoom(*map(np.stack, zip(*zooms, strict=True))) if zooms else None,
+        )
 
-def _collate(pixels: list[_Pixels], cursor: Cursor, *, seed: int) -> PatchBatch:
-    teacher = [patch.teacher_sr for patch in pixels if patch.teacher_sr is not None]
-    zooms = [patch.zoom for patch in pixels if patch.zoom is not None]
-    taps = pixels[0].teacher_features
-    return PatchBatch(
-        hr=np.stack([patch.hr for patch in pixels]),
-        teacher_sr=np.stack(teacher) if teacher else None,
-        cursor=cursor,
-        seed=seed,
-        teacher_features={tap: np.stack([patch.teacher_features[tap] for patch in pixels]) for tap in taps},
-        zoom=_Zoom(*map(np.stack, zip(*zooms, strict=True))) if zooms else None,
-    )
+
+@dataclass(frozen=True)
+class _Pools:
+    """Threads of a reader, and the row groups that somebody still wants."""
+
+    read: ThreadPoolExecutor
+    decode: ThreadPoolExecutor
+    cut: ThreadPoolExecutor
+    groups: WeakValueDictionary[int, Future[list[Row]]]
+
+    @classmethod
+    @contextmanager
+    def of(cls, num_threads: int) -> "Iterator[_Pools]":
+        """Until the reader ends, which waits for nothing that has not begun."""
+        read, decode, cut = map(ThreadPoolExecutor, (READ_THREADS, num_threads, num_threads))
+        try:
+            yield cls(read, decode, cut, WeakValueDictionary())
+        finally:
+            for pool in (read, decode, cut):
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -384,8 +432,7 @@ class PairMaker:
     def __call__(self, batch: PatchBatch) -> PairBatch:
         """(b, P, P, 3) uint8 to LR, HR and teacher SR in [0, 1], the context dropped from all of them."""
         hr = self._to_device(batch.hr)
-        generator = torch.Generator(self.device).manual_seed(batch.seed)
-        lr = self.degrade(hr, generator)
+        lr = self.degrade(hr, [torch.Generator(self.device).manual_seed(seed) for seed in batch.seeds])
         teacher_sr = None if batch.teacher_sr is None else self._to_device(batch.teacher_sr)
         edge = self.context * self.scale
         return PairBatch(
@@ -398,6 +445,7 @@ class PairMaker:
             }
             or None,
             zoom=None if batch.zoom is None else ZoomPair(*map(self._to_device, batch.zoom)),
+            weight=batch.weight,
         )
 
     def _to_device(self, pixels: Array) -> Tensor:
@@ -420,7 +468,7 @@ def _drop(images: Tensor, edge: int) -> Tensor:
 Item = TypeVar("Item")
 
 
-def _read_ahead(items: Iterator[Item], *, depth: int) -> Iterator[Item]:
+def _read_ahead(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
     """`items` made by a thread of its own, at most `depth` of them waiting; its error is raised here."""
     queue: Queue[Item | BaseException] = Queue(maxsize=depth)
     stopped = threading.Event()
@@ -433,6 +481,8 @@ def _read_ahead(items: Iterator[Item], *, depth: int) -> Iterator[Item]:
                     return
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             queue.put(error)
+        finally:
+            items.close()
 
     threading.Thread(target=produce, daemon=True, name="read-ahead").start()
     try:

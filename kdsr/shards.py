@@ -8,9 +8,10 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from kdsr.tiles import Box
 
 INDEX_KEY = "index.json"
 REJECTED_KEY = "rejected.jsonl"
+
+INDEX_THREADS = 16
+"""Shards that are asked at once for what the index does not have."""
 
 _SMALL_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("key", pa.string()),
@@ -176,6 +180,7 @@ def write_shard(store: Store, key: str, rows: Iterable[Row], row_group_bytes: in
             row_groups=tally.row_groups,
             num_images=len(tally.keys),
             num_heldout_rows=tally.num_heldout_rows,
+            trained_sides=tally.trained_sides,
         )
         store.put_file(key, path)
     return entry
@@ -188,6 +193,12 @@ class _Tally:
         self.keys: set[str] = set()
         self.num_heldout_rows = 0
         self.row_groups: list[int] = []
+        self.trained_sides: list[list[int]] = []
+
+    def count(self, group: Collection[Row]) -> None:
+        """One row group."""
+        self.row_groups.append(len(group))
+        self.trained_sides.append([_trained_side(row.height, row.width, row.heldout) for row in group])
 
     def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
@@ -208,7 +219,7 @@ def _write_parquet(path: Path, rows: Iterator[Row], row_group_bytes: int, tally:
     ) as writer:
         for group in _grouped(chain([first], rows), row_group_bytes):
             writer.write_table(_table(group, schema), row_group_size=len(group))
-            tally.row_groups.append(len(group))
+            tally.count(group)
             del group  # before the next one is collected
 
 
@@ -276,6 +287,31 @@ def read_row_group(
             f"{len(rows)}; {_REBUILD}"
         )
     return rows
+
+
+def _trained_side(height: int, width: int, heldout: bool) -> int:
+    return 0 if heldout else min(height, width)
+
+
+def trained_sides(store: Store, index: ShardIndex) -> list[list[list[int]]]:
+    """The shorter side of each row, by shard and row group; 0 for those that are held out.
+
+    Read from the small columns where the index does not have it, several shards at a time. Raises what
+    `read_row_group` raises.
+    """
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        return list(pool.map(lambda entry: entry.trained_sides or _read_sides(store, entry), index.shards))
+
+
+def _read_sides(store: Store, entry: ShardEntry) -> list[list[int]]:
+    columns = ["height", "width", "heldout"]
+    with _shard_errors(entry.key), _open_parquet(store, entry.key) as file:
+        values = file.read(columns=columns).to_pydict()
+    sides = [_trained_side(*row) for row in zip(*(values[name] for name in columns), strict=True)]
+    if len(sides) != entry.num_rows:
+        raise ShardCorrupt(f"{entry.key}: expected {entry.num_rows} rows, found {len(sides)}; {_REBUILD}")
+    ends = accumulate(entry.row_groups)
+    return [sides[end - rows : end] for rows, end in zip(entry.row_groups, ends, strict=True)]
 
 
 def _is_wanted(name: str, columns: Collection[str] | None) -> bool:

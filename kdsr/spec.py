@@ -495,6 +495,8 @@ class ShardEntry(Frozen):
     """Rows of each row group, in file order."""
     num_images: int
     num_heldout_rows: int
+    trained_sides: list[list[int]] | None = None
+    """The shorter side of each row of each row group, 0 for those held out; without it they are looked up."""
 
     @property
     def num_rows(self) -> int:

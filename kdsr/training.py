@@ -95,6 +95,7 @@ FREE_FIELDS = {
     "cluster",
     "data.num_threads",
     "log_every_steps",
+    "micro_batch",
     "save_every_steps",
     "store",
     "tracking",
@@ -261,7 +262,7 @@ def _consume(
         last = report.step == config.num_steps
         metrics: dict[str, float] = {}
         if last or report.step % config.log_every_steps == 0:
-            metrics = _summarise(recent, worker.world_size)
+            metrics = _summarise(recent, config.batch_size)
             recent = []
         if validate and (last or report.step % config.validate_every_steps == 0):
             metrics |= validate(state)
@@ -284,7 +285,7 @@ def _save(states: StateStore, state: TrainState, pointers: Sequence[str]) -> Sav
     return Save(time.perf_counter() - began, num_bytes)
 
 
-def _summarise(reports: Sequence[StepReport], world_size: int) -> dict[str, float]:
+def _summarise(reports: Sequence[StepReport], batch_size: int) -> dict[str, float]:
     seconds = sum(report.seconds for report in reports)
     names = sorted({name for report in reports for name in report.losses})
     terms = {name: _mean([r.losses[name] for r in reports if name in r.losses]) for name in names}
@@ -295,7 +296,7 @@ def _summarise(reports: Sequence[StepReport], world_size: int) -> dict[str, floa
         **details,
         "learning_rate": reports[-1].learning_rate,
         "gradient_norm": _mean([report.gradient_norm for report in reports]),
-        "patches_per_second": world_size * sum(report.num_patches for report in reports) / seconds,
+        "patches_per_second": batch_size * len(reports) / seconds,
         "waiting_share": sum(report.waiting_seconds for report in reports) / seconds,
     }
 
@@ -342,6 +343,8 @@ def _fit(
         seed=mixed_seed(config.seed, worker.rank),
         autocast=autocast_type(config.precision, worker.device),
         after_step=objective.after_step,
+        micro_batch=config.micro_batch,
+        apart=objective.apart,
     )
 
 

@@ -6,9 +6,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kdsr.errors import RequestError
 from kdsr.objectives.adversarial import AdversarialDistance
@@ -107,37 +110,61 @@ class Objective(nn.Module):
     """All terms of a run. Its parameters are those of the terms, and its state belongs into a checkpoint."""
 
     def __init__(
-        self, terms: Sequence[_Weighted], begin: Callable[[PairBatch], Step], balancer: Balancer
+        self,
+        terms: Sequence[_Weighted],
+        begin: Callable[[PairBatch], Step],
+        balancer: Balancer,
+        *,
+        wrapped: Mapping[nn.Module, Callable[..., Any]],
     ) -> None:
         super().__init__()
         self.balancer = balancer
         self.terms = nn.ModuleDict({weighted.name: weighted.term for weighted in terms})
         self._weighted, self._begin = tuple(terms), begin
-        self._last: tuple[Step, dict[str, float]] | None = None
+        self._wrapped = wrapped
+        self._steps: list[Step] = []
+        """Since the weights moved."""
+        self._weights: dict[str, float] = {}
 
     def forward(self, pair: PairBatch) -> Losses:
         """One forward pass of the student, then every term whose weight is not zero at that point of the run.
 
-        What is returned has weights and the balancer's factors in it.
+        What is returned has weights and the balancer's factors in it. Called again before `after_step`, it
+        has another micro-batch of the same step; the balancer's factors are then those of the first.
 
         Raises RequestError when a term needs a teacher and there is neither one nor a stored output.
         """
+        for earlier in self._steps:
+            earlier.settle()
         step = self._begin(pair)
+        self._steps.append(step)
         weights = {each.name: each.config.at(pair.progress) for each in self._weighted}
         used = [each for each in self._weighted if weights[each.name] > 0]
-        self._last = step, {each.name: weights[each.name] for each in used}
-        return self.balancer({each.name: each.run(step) for each in used}, weights)
+        self._weights = {each.name: weights[each.name] for each in used}
+        values = {each.name: each.run(step) for each in used}
+        balance = self._wrapped.get(self.balancer, self.balancer)
+        losses: Losses = balance(values, weights, pair.weight if len(self._steps) == 1 else None)
+        return losses
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it, what is data-parallel adds up gradients of its own and shares none."""
+        with ExitStack() as stack:
+            for wrapped in self._wrapped.values():
+                if isinstance(wrapped, DistributedDataParallel):
+                    stack.enter_context(wrapped.no_sync())
+            yield
 
     def after_step(self) -> dict[str, float]:
         """For the moment when the weights have moved; returns what is worth logging beside the losses."""
-        assert self._last is not None, "after_step comes after a forward pass"
-        step, weights = self._last
-        self._last = None
+        assert self._steps, "after_step comes after a forward pass"
+        steps, weights = self._steps, self._weights
+        self._steps = []
         factors = self.balancer.factors()
         logged = {f"weight/{name}": weight * factors.get(name, 1.0) for name, weight in weights.items()}
         for each in self._weighted:
             if each.name in weights:
-                found = each.term.after_step(step)
+                found = each.term.after_step(steps)
                 logged.update({f"{each.name}/{name}": value for name, value in found.items()})
         return logged
 
@@ -180,7 +207,8 @@ def build_objective(
         teacher=teacher,
         networks=networks,
     )
-    run = wrap(student)
+    wrapped: dict[nn.Module, Callable[..., Any]] = {student: wrap(student)}
+    run = wrapped[student]
 
     def begin(pair: PairBatch) -> Step:
         return Step(pair, student=run, student_taps=student_taps, teacher=teacher, teacher_taps=teacher_taps)
@@ -188,11 +216,19 @@ def build_objective(
     weighted = []
     for name, config in zip(_names(terms), terms, strict=True):
         term = TERMS[type(config)](config, parts)
-        learns = any(parameter.requires_grad for parameter in term.parameters())
-        weighted.append(_Weighted(name, config, term, wrap(term) if learns else term))
+        if _learns(term):
+            wrapped[term] = wrap(term)
+        weighted.append(_Weighted(name, config, term, wrapped.get(term, term)))
     pixel = [each.name for each in weighted if isinstance(each.config, PixelTerm)]
     others = [each.name for each in weighted if each.name not in pixel]
-    return Objective(weighted, begin, build_balancer(balance, student, pixel=pixel, others=others))
+    balancer = build_balancer(balance, student, pixel=pixel, others=others)
+    if _learns(balancer):
+        wrapped[balancer] = wrap(balancer)
+    return Objective(weighted, begin, balancer, wrapped=wrapped)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def needs_teacher(terms: Sequence[DistillTerm]) -> bool:

@@ -4,6 +4,7 @@ Sources: Goodfellow et al., NeurIPS 2014 (non-saturating); Lim and Ye, 2017 (hin
 2019, and Wang et al., ESRGAN, ECCVW 2018 (relativistic); Mescheder et al., ICML 2018 (R1).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,24 +42,32 @@ class AdversarialDistance(Term):
                 real = self._judged(self._real(step), step)
             return relativistic(fake, real)
 
-    def after_step(self, step: Step) -> dict[str, float]:
+    def after_step(self, steps: Sequence[Step]) -> dict[str, float]:
         """One step of the discriminator; returns its loss, and how often it was right."""
-        device = step.sr.device.type
+        told = {"discriminator": 0.0, "told_apart": 0.0}
+        whole = sum(step.pair.weight for step in steps)
         self.discriminator.requires_grad_(True)
         try:
-            with torch.autocast(device, enabled=False):
-                real_images = self._real(step).clone().requires_grad_(self._config.r1 > 0)
-                real = self._judged(real_images, step)
-                fake = self._judged(step.sr.detach(), step)
-                loss = self._loss(real, fake)
-                if self._config.r1 > 0:
-                    loss = loss + 0.5 * self._config.r1 * squared_gradient(real, real_images)
-                loss.backward()
+            for step in steps:
+                for name, value in self._learn(step).items():
+                    told[name] += value * step.pair.weight / whole
             self._share_gradients()
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         finally:
             self.discriminator.requires_grad_(False)
+        return told
+
+    def _learn(self, step: Step) -> dict[str, float]:
+        """Add what one batch asks of the discriminator to its gradients."""
+        with torch.autocast(step.sr.device.type, enabled=False):
+            real_images = self._real(step).clone().requires_grad_(self._config.r1 > 0)
+            real = self._judged(real_images, step)
+            fake = self._judged(step.sr.detach(), step)
+            loss = self._loss(real, fake)
+            if self._config.r1 > 0:
+                loss = loss + 0.5 * self._config.r1 * squared_gradient(real, real_images)
+            (loss * step.pair.weight).backward()
         right = 0.5 * ((real > 0).float().mean() + (fake <= 0).float().mean())
         return {"discriminator": loss.item(), "told_apart": right.item()}
 

@@ -21,8 +21,14 @@ class Balancer(nn.Module, ABC):
     """Turns values of terms into what is minimised. Its state is a run's, like that of the terms."""
 
     @abstractmethod
-    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """Each scalar with its weight and its factor."""
+    def forward(
+        self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float | None = 1.0
+    ) -> dict[str, Tensor]:
+        """Each scalar with its weight and its factor.
+
+        `share` is what the batch counts for among those of all workers, None for further micro-batches of a
+        step, whose first one has told what there is to find.
+        """
 
     @abstractmethod
     def factors(self) -> dict[str, float]:
@@ -32,8 +38,11 @@ class Balancer(nn.Module, ABC):
 class Fixed(Balancer):
     """The weights that were asked for, and nothing else."""
 
-    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    def forward(
+        self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float | None = 1.0
+    ) -> dict[str, Tensor]:
         """See `Balancer`."""
+        del share
         return {name: weights[name] * value for name, value in values.items()}
 
     def factors(self) -> dict[str, float]:
@@ -56,11 +65,14 @@ class ByGradient(Balancer):
         self.register_buffer("found", torch.full((len(others),), torch.nan))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    def forward(
+        self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float | None = 1.0
+    ) -> dict[str, Tensor]:
         """See `Balancer`."""
-        if int(self.steps) % self._config.every_steps == 0 or self._is_new(values):
-            self._look(values, weights)
-        self.steps += 1
+        if share is not None:
+            if int(self.steps) % self._config.every_steps == 0 or self._is_new(values):
+                self._look(values, weights, share)
+            self.steps += 1
         factors = self.factors()
         return {name: weights[name] * factors.get(name, 1.0) * value for name, value in values.items()}
 
@@ -73,22 +85,22 @@ class ByGradient(Balancer):
         """Whether a term takes part for the first time."""
         return any(name in values and name not in self.factors() for name in self._others)
 
-    def _look(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    def _look(self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float) -> None:
         pixel = [weights[name] * values[name] for name in self._pixel if name in values]
         if not pixel:
             return
-        reference = self._gradient(torch.stack(pixel).sum())
+        reference = self._gradient(torch.stack(pixel).sum(), share)
         for place, name in enumerate(self._others):
             if name not in values:
                 continue
-            gradient = self._gradient(values[name])
+            gradient = self._gradient(values[name], share)
             factor = self._config.share * (reference.norm() / gradient.norm().clamp(min=TINY)).item()
             if self._config.gate and torch.dot(reference, gradient) <= 0:
                 factor = 0.0
             before, kept = float(self.found[place]), self._config.memory
             self.found[place] = factor if math.isnan(before) else kept * before + (1 - kept) * factor
 
-    def _gradient(self, value: Tensor) -> Tensor:
+    def _gradient(self, value: Tensor, share: float) -> Tensor:
         """Of the student's parameters, in one row: the mean over all workers, as the optimiser sees it."""
         parameters = [parameter for parameter in self._student[0].parameters() if parameter.requires_grad]
         found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
@@ -99,8 +111,10 @@ class ByGradient(Balancer):
             ]
         )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Shares need not have a mean of 1: those of first micro-batches have not.
+            row = torch.cat([share * row, row.new_tensor([share])])
             torch.distributed.all_reduce(row)
-            row /= torch.distributed.get_world_size()
+            row = row[:-1] / row[-1]
         return row
 
 
@@ -112,8 +126,11 @@ class ByUncertainty(Balancer):
         self._names = tuple(names)
         self.log_spreads = nn.Parameter(torch.zeros(len(names)))
 
-    def forward(self, values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    def forward(
+        self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float | None = 1.0
+    ) -> dict[str, Tensor]:
         """See `Balancer`."""
+        del share
         places = {name: place for place, name in enumerate(self._names)}
         spreads = self.log_spreads.float()
         return {

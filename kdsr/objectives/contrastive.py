@@ -6,6 +6,7 @@ convolutions as a space are those of RLFN (Kong et al., CVPRW 2022).
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,9 @@ class ContrastiveDistance(Term):
         return noisy.clamp(0, 1)
 
     @torch.no_grad()
-    def after_step(self, step: Step) -> dict[str, float]:
+    def after_step(self, steps: Sequence[Step]) -> dict[str, float]:
         """Take the student into the history when it is time."""
-        del step
+        del steps
         self.steps += 1
         if int(self.steps) % self._config.refresh_steps == 0:
             self.history.load_state_dict(self._student[0].state_dict())

@@ -5,6 +5,7 @@ a representation, and what they report compares runs, nothing else.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +89,9 @@ class CriticBound(TappedDistance):
             embedded.append(F.normalize(chosen.transpose(1, 2).flatten(0, 1), dim=1))
         return embedded[0] @ embedded[1].T / self._temperature
 
-    def after_step(self, step: Step) -> dict[str, float]:
-        """The bound in nats, and among how many others the right one was to be found."""
-        del step
+    def after_step(self, steps: Sequence[Step]) -> dict[str, float]:
+        """The bound in nats, and among how many others the right one was to be found, in the last batch."""
+        del steps
         return {"nats": sum(self._nats) / len(self._nats), "negatives": float(self._negatives)}
 
 

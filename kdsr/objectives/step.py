@@ -1,7 +1,7 @@
 """What the terms of one training step share: each network runs once, and only when a term asks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -133,6 +133,10 @@ class Step:
         else:
             self.sr, self.features = student_taps.read(lambda: student(pair.lr))
 
+    def settle(self) -> None:
+        """Let go of what only a backward pass needs, which is most of a step's memory."""
+        self.sr, self.features = self.sr.detach(), {}
+
     def upscale(self, lr: Tensor) -> Tensor:
         """The student's output for another input, through which gradients flow too."""
         return self._student(lr)
@@ -221,7 +225,10 @@ class Term(nn.Module, ABC):
     def forward(self, step: Step) -> Tensor:
         """A scalar in float32, not weighted."""
 
-    def after_step(self, step: Step) -> dict[str, float]:
-        """Called when the weights have moved: for what learns on its own. Returns what is worth logging."""
-        del step
+    def after_step(self, steps: Sequence[Step]) -> dict[str, float]:
+        """Called when the weights have moved: for what learns on its own. Returns what is worth logging.
+
+        `steps` are those of all micro-batches that moved them, of which the last still has its features.
+        """
+        del steps
         return {}

@@ -213,7 +213,7 @@ def states(tmp_path):
 
 
 def state_of(step):
-    return {"model": {"w": torch.full((3,), float(step))}, "step": step, "cursor": [0, 0, step]}
+    return {"model": {"w": torch.full((3,), float(step))}, "step": step, "cursor": [step]}
 
 
 def kept(states):
@@ -233,7 +233,7 @@ def test_only_the_latest_and_the_best_state_are_kept(states):
     assert kept(states) == sorted(["checkpoints/000000002.pt", "checkpoints/000000004.pt", *pointers])
     assert (states.step("best"), states.step("latest")) == (2, 4)
     assert torch.equal(states.load("best")["model"]["w"], torch.full((3,), 2.0))
-    assert states.load("latest")["cursor"] == [0, 0, 4]
+    assert states.load("latest")["cursor"] == [4]
     states.save(state_of(5), step=5, pointers=("best", "latest"))
     assert kept(states) == sorted(["checkpoints/000000005.pt", *pointers])
 

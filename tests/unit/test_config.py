@@ -13,6 +13,7 @@ import kdsr.config
 from kdsr.cli import parse
 from kdsr.config import (
     CheckConfig,
+    ClusterConfig,
     CompareConfig,
     Degradation,
     DistillConfig,
@@ -201,10 +202,30 @@ def test_a_ramp_runs_forward_within_the_run(ramp):
 # ---------------------------------------------------------------- training
 
 
-def test_a_batch_divides_over_the_workers():
-    run = {**SMALLEST[DistillConfig], "batch_size": 5, "cluster": {"num_workers": 2}}
-    with pytest.raises(ValidationError, match="batch_size 5 does not divide over cluster.num_workers 2"):
+@pytest.mark.parametrize("num_workers", [6, [2, 6]])
+def test_a_batch_has_a_patch_for_every_worker(num_workers):
+    run = {**SMALLEST[DistillConfig], "batch_size": 5, "cluster": {"num_workers": num_workers}}
+    with pytest.raises(ValidationError, match="batch_size 5 is less than cluster.num_workers 6"):
         DistillConfig.model_validate(run)
+
+
+def test_workers_may_be_so_many_or_between_two_numbers():
+    fixed, between = ClusterConfig(num_workers=3), ClusterConfig(num_workers=(2, 4))
+    assert (fixed.least_workers, fixed.most_workers) == (3, 3)
+    assert (between.least_workers, between.most_workers) == (2, 4)
+    assert ClusterConfig.model_validate_json(between.model_dump_json()) == between
+    with pytest.raises(ValidationError, match=r"a range must run upwards, found 4\.\.2"):
+        ClusterConfig(num_workers=(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "micro_batch", "fewest"),
+    [(1, None, 16), (3, None, 5), (3, 2, 1), (3, 4, 2), ((1, 16), 8, 1)],
+)
+def test_the_fewest_patches_that_pass_at_once_are_known(num_workers, micro_batch, fewest):
+    run = {**SMALLEST[DistillConfig], "batch_size": 16, "micro_batch": micro_batch}
+    config = DistillConfig.model_validate(run | {"cluster": {"num_workers": num_workers}})
+    assert config.fewest_patches == fewest
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", ".hidden", "-flag"])
@@ -267,7 +288,7 @@ def test_a_run_that_would_have_nothing_to_minimise_is_refused(terms, moment):
         ({"kind": "attention", "taps": []}, "taps"),
         (
             {"kind": "critic", "positions": 1, "taps": [{"student": "layers.0", "teacher": "trunk"}]},
-            "1 position in 1 patch a worker leaves no other",
+            "1 position in 1 patch at a time leaves no other",
         ),
     ],
     ids=lambda value: value.get("kind") if isinstance(value, dict) else "",

@@ -31,10 +31,10 @@ def state_of(*, num_steps=6, seed=0, spec=SPEC, **fields):
 
 def batches(start=Cursor()):
     """The same pairs from the same cursor on."""
-    for number in count(start.patch + 1):
+    for number in count(start.step + 1):
         random = torch.Generator().manual_seed(number)
         hr = torch.rand(2, 3, 12, 12, generator=random)
-        yield PairBatch(lr=torch.nn.functional.avg_pool2d(hr, 2), hr=hr), Cursor(0, 0, number)
+        yield PairBatch(lr=torch.nn.functional.avg_pool2d(hr, 2), hr=hr), Cursor(number)
 
 
 def objective_of(state):
@@ -61,7 +61,7 @@ def test_reports_say_what_was_done():
     state = state_of()
     reports = run(state, until_step=3)
     assert [report.step for report in reports] == [1, 2, 3]
-    assert state.step == 3 and state.cursor == Cursor(0, 0, 3)
+    assert state.step == 3 and state.cursor == Cursor(3)
     for report in reports:
         assert report.losses.keys() == {"pixel_l1"} and report.loss == report.losses["pixel_l1"]
         assert report.num_patches == 2 and report.gradient_norm > 0
@@ -71,7 +71,7 @@ def test_reports_say_what_was_done():
 def test_the_state_is_current_whenever_a_report_is_handed_over():
     state = state_of()
     for report in fit(state, objective_of(state), batches(), until_step=4):
-        assert state.step == report.step == state.cursor.patch
+        assert state.step == report.step == state.cursor.step
 
 
 def test_a_run_that_is_done_takes_no_batch():
@@ -222,11 +222,11 @@ def test_a_term_that_is_not_finite_stops_before_the_weights_are_touched(value):
 
     with pytest.raises(
         NonFiniteLoss,
-        match=rf"step 3: term output_mse is {value} .*epoch 0, window 0, patch 3; .*last good checkpoint",
+        match=rf"step 3: term output_mse is {value} .*batch 3 of the data; .*last good checkpoint",
     ):
         run(state, until_step=5, objective=broken)
     assert same(before, weights(state.model)) and same(mean, weights(state.ema))
-    assert state.step == 2 and state.cursor == Cursor(0, 0, 2)
+    assert state.step == 2 and state.cursor == Cursor(2)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
@@ -238,7 +238,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(clip
         # sqrt is finite at 0 and its derivative is not.
         return {"pixel_l1": (state.model(pair.lr) - state.model(pair.lr).detach()).abs().sqrt().sum()}
 
-    with pytest.raises(NonFiniteLoss, match=r"step 1: the gradient is (nan|inf) .*patch 1;"):
+    with pytest.raises(NonFiniteLoss, match=r"step 1: the gradient is (nan|inf) .*batch 1 of the data;"):
         run(state, until_step=1, objective=steep)
     assert same(before, weights(state.model)) and state.step == 0
 
@@ -263,7 +263,7 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path, through, kind):
     saved = round_trip_through_a_store(first, tmp_path) if through == "store" else first.state_dict()
     second = state_of(kind=kind, seed=1)
     second.load_state_dict(copy.deepcopy(saved))
-    assert second.step == 3 and second.cursor == Cursor(0, 0, 3)
+    assert second.step == 3 and second.cursor == Cursor(3)
     reports = run(second, until_step=6)
     assert same(weights(second.model), weights(whole.model))
     assert same(weights(second.ema), weights(whole.ema))
@@ -272,8 +272,8 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path, through, kind):
 
 def test_the_batches_of_these_tests_are_the_same_from_the_same_cursor():
     """Else the tests above would prove nothing."""
-    late = next(batches(Cursor(0, 0, 3)))
-    assert late[1] == Cursor(0, 0, 4)
+    late = next(batches(Cursor(3)))
+    assert late[1] == Cursor(4)
     assert torch.equal(late[0].hr, next(islice(batches(), 3, None))[0].hr)
 
 

@@ -1,6 +1,7 @@
 """The order of patches, that a cursor continues it, and that LR, HR and teacher belong together."""
 
 import threading
+import weakref
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -11,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdsr import codecs
-from kdsr.config import BicubicDegradation, DataConfig
+from kdsr import codecs, pairs, shards
+from kdsr.config import BicubicDegradation, DataConfig, RealWorldDegradation
 from kdsr.degrade import bicubic_lr, build_degradation
 from kdsr.errors import DataError, ShardCorrupt
-from kdsr.pairs import Cursor, PairMaker, PatchReader, epoch_windows, grey
-from kdsr.spec import ShardEntry, ShardIndex
+from kdsr.pairs import Cursor, PairMaker, PatchReader, grey
 from kdsr.store import open_store
 from tests.small_shards import row, write_set
 
@@ -89,8 +89,7 @@ def rows_seen(batches):
 def test_every_row_gives_its_patches_once_an_epoch_and_no_other_row_any(place, window_rows):
     per_epoch = 3 * len(TRAINED)
     batches = take(reader_of(place, window_rows=window_rows), 2 * per_epoch)
-    for epoch in (0, 1):
-        own = [batch for batch in batches if batch.cursor.epoch == epoch]
+    for own in (batches[:per_epoch], batches[per_epoch:]):
         assert Counter(rows_seen(own)) == dict.fromkeys(TRAINED, 3)
 
 
@@ -113,7 +112,7 @@ def test_epochs_differ_and_the_same_seed_gives_the_same(place):
     assert rows_seen(first) != rows_seen(take(reader_of(place, seed=1), 2 * count))
 
 
-def test_a_window_mixes_the_patches_of_its_rows(place):
+def test_the_patches_of_a_window_are_mixed(place):
     seen = rows_seen(take(reader_of(place, window_rows=100), 3 * len(TRAINED)))
     assert any(a != b for a, b in zip(seen[::3], seen[1::3], strict=False))
 
@@ -134,59 +133,93 @@ def test_the_ranks_together_read_what_one_reads_from_any_cursor(
     ranks = [take(replace(alone, rank=rank, world_size=world_size), 3, cursor) for rank in range(world_size)]
     for expected, *parts in zip(whole[start:], *ranks, strict=True):
         assert {part.cursor for part in parts} == {expected.cursor}
+        assert sum(part.weight for part in parts) == pytest.approx(world_size)
         for rank, part in enumerate(parts):
             assert np.array_equal(part.hr, expected.hr[rank::world_size])
+            assert part.seeds == expected.seeds[rank::world_size]
+            assert part.weight == pytest.approx(len(part.hr) * world_size / batch_size)
+
+
+def test_a_run_that_is_killed_and_goes_on_elsewhere_sees_each_row_once(place):
+    """On one worker, then three, then two, each killed in the middle of an epoch."""
+    alone = reader_of(place, batch_size=5, patches_per_row=2)
+    seen, cursor = [], Cursor()
+    for world_size, num_steps in ((1, 1), (3, 2), (2, 1)):
+        ranks = [
+            take(replace(alone, rank=rank, world_size=world_size), num_steps, cursor)
+            for rank in range(world_size)
+        ]
+        seen += [row for batches in ranks for row in rows_seen(batches)]
+        cursor = ranks[0][-1].cursor
+    assert cursor == Cursor(4)
+    assert Counter(seen) == dict.fromkeys(TRAINED, 4)
 
 
 def test_every_cursor_of_two_epochs_continues_exactly(place):
     reader = reader_of(place)
     whole = take(reader, 2 * 3 * len(TRAINED) + 1)
-    ends = {(batch.cursor.epoch, batch.cursor.window): batch.cursor for batch in whole}
-    for cursor in [*ends.values(), whole[1].cursor]:
-        begin = next(i for i, batch in enumerate(whole) if batch.cursor == cursor) + 1
-        if begin < len(whole):
-            follower = take(reader, 1, cursor)[0]
-            assert follower.cursor == whole[begin].cursor
-            assert np.array_equal(follower.hr, whole[begin].hr)
+    assert [batch.cursor.step for batch in whole] == list(range(1, len(whole) + 1))
+    for begin in range(1, len(whole), 5):
+        follower = take(reader, 1, whole[begin - 1].cursor)[0]
+        assert follower.cursor == whole[begin].cursor and follower.seeds == whole[begin].seeds
+        assert np.array_equal(follower.hr, whole[begin].hr)
 
 
-def test_ranks_of_one_step_draw_different_degradations_and_the_same_again(place):
-    seeds = [take(reader_of(place, batch_size=4, rank=rank, world_size=2), 2) for rank in (0, 1)]
-    drawn = [batch.seed for batches in seeds for batch in batches]
-    assert len(set(drawn)) == 4
-    assert take(reader_of(place, batch_size=4, world_size=2), 1)[0].seed == drawn[0]
+def test_each_patch_of_each_step_has_a_degradation_of_its_own(place):
+    seeds = [seed for batch in take(reader_of(place, batch_size=4), 3) for seed in batch.seeds]
+    assert len(set(seeds)) == 12
 
 
-def index_of(row_groups):
-    entries = [
-        ShardEntry(key=f"{i}", sha256="", num_bytes=0, row_groups=groups, num_images=1, num_heldout_rows=0)
-        for i, groups in enumerate(row_groups)
-    ]
-    rows = sum(map(sum, row_groups))
-    return ShardIndex(
-        shards=entries,
-        num_images=1,
-        num_rows=rows,
-        num_heldout_rows=0,
-        num_pixels=0,
-        num_rejected=0,
-        options={},
+def test_a_patch_is_degraded_alike_in_whatever_part_of_a_batch(place):
+    degradation = build_degradation(RealWorldDegradation(), SCALE)
+    alone = reader_of(place, batch_size=4)
+    whole, part = take(alone, 1)[0], take(replace(alone, rank=1, world_size=3), 1)[0]
+    lr, own = (PairMaker(degradation, SCALE, 0, 3, CPU)(batch).lr for batch in (whole, part))
+    assert torch.equal(own, lr[1::3]) and not torch.equal(lr[0], lr[1])
+
+
+def test_an_index_without_sizes_is_read_all_the_same(place):
+    store, index = place
+    older = index.model_copy(
+        update={"shards": [each.model_copy(update={"trained_sides": None}) for each in index.shards]}
     )
+    assert shards.trained_sides(store, older) == [each.trained_sides for each in index.shards]
+    batches = [take(reader_of((store, each), batch_size=4), 5) for each in (index, older)]
+    assert rows_seen(batches[0]) == rows_seen(batches[1])
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=6),
-    st.integers(0, 3),
-    st.integers(1, 120),
-)
-def test_windows_are_a_permutation_cut_at_enough_rows(row_groups, epoch, window_rows):
-    index = index_of(row_groups)
-    windows = epoch_windows(index, epoch=epoch, seed=5, window_rows=window_rows)
-    groups = [group for window in windows for group in window]
-    assert sorted(groups) == [(s, g) for s, shard in enumerate(row_groups) for g in range(len(shard))]
-    sizes = [[row_groups[s][g] for s, g in window] for window in windows]
-    assert all(sum(size) >= window_rows for size in sizes[:-1])
-    assert all(sum(size[:-1]) < window_rows for size in sizes)
+def test_a_worker_reads_only_the_row_groups_that_its_lanes_are_in(tmp_path, monkeypatch):
+    store = open_store(f"file://{tmp_path}")
+    index = write_set(store, [[coded_row(number)] for number in [0, 1, 2, 5, 6] * 4])
+    read = []
+    original = shards.read_row_group
+
+    def reading(store, entry, *args, **kwargs):
+        read.append(entry.key)
+        return original(store, entry, *args, **kwargs)
+
+    monkeypatch.setattr(shards, "read_row_group", reading)
+    reader = reader_of((store, index), batch_size=4, rank=1, world_size=4, window_rows=4)
+    take(reader, 6)
+    assert 2 <= len(set(read)) <= 6 and len(read) == len(set(read))
+
+
+def test_decoded_sub_images_are_as_few_as_promised(tmp_path, monkeypatch):
+    """However long the lanes are, and with more lanes than row groups."""
+    alive, most = set(), []
+
+    class Watched(pairs._Decoded):
+        def __init__(self, *_fields):
+            alive.add(id(self))
+            most.append(len(alive))
+            weakref.finalize(self, alive.discard, id(self))
+
+    monkeypatch.setattr(pairs, "_Decoded", Watched)
+    store = open_store(f"file://{tmp_path}")
+    index = write_set(store, [[coded_row(1)] * 40] * 2, row_group_bytes=2000)
+    reader = reader_of((store, index), batch_size=2, window_rows=4, patches_per_row=4)
+    take(reader, 150)
+    assert len(most) > 60 and 2 <= max(most) <= 2 * (3 * reader.mix_rows + 1)
 
 
 # ---------------------------------------------------------------- pixels
@@ -309,10 +342,10 @@ def test_a_broken_sub_image_is_named_in_the_callers_thread(tmp_path):
 def test_a_missing_shard_is_named_after_the_patches_before_it(tmp_path):
     store = open_store(f"file://{tmp_path}")
     index = write_set(store, [[coded_row(0)], [coded_row(5)]])
-    first = epoch_windows(index, epoch=0, seed=0, window_rows=1)[0][0].shard
-    lost = index.shards[1 - first].key
+    reader = reader_of((store, index), window_rows=1)
+    lost = index.shards[1 - next(reader.lanes.mixes(0, 0)).rows[0].group].key
     store.delete(lost)
-    stream = reader_of((store, index), window_rows=1).batches()
+    stream = reader.batches()
     assert len(list(islice(stream, 3))) == 3
     with pytest.raises(ShardCorrupt, match=lost):
         next(stream)

@@ -358,6 +358,7 @@ def test_what_does_not_change_the_result_may_change(finished):
         config.model_copy(
             update={
                 "cluster": ClusterConfig(num_workers=2),
+                "micro_batch": 1,
                 "log_every_steps": 5,
                 "save_every_steps": 7,
                 "validate_every_steps": 9,

@@ -1,0 +1,37 @@
+"""Workers of one training as processes of this machine, without a cluster."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdsr.training import RunConfig, Worker, train
+
+PATIENCE = timedelta(minutes=5)
+
+
+def train_over_processes(config: RunConfig, *, num_workers: int, folder: Path) -> None:
+    """The whole run on `num_workers` processes that share gradients over gloo."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(_work, (num_workers, str(folder / "meeting"), config), nprocs=num_workers)
+
+
+def _work(rank: int, world_size: int, meeting: str, config: RunConfig) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=PATIENCE
+    )
+    try:
+        list(train(config, Worker(rank, world_size, wrap=_data_parallel)))
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _data_parallel(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, broadcast_buffers=False)

@@ -1,0 +1,98 @@
+"""A run takes the same steps on any number of workers, and in whatever parts its batches pass."""
+
+import pytest
+import torch
+
+from kdsr.checkpoint import StateStore, save_model
+from kdsr.config import DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
+from kdsr.models import build_model
+from kdsr.spec import Card, EdsrSpec, EspcnSpec, PatchDiscriminatorSpec
+from kdsr.store import open_store
+from kdsr.terms import AdversarialTerm, FeatureTerm, OutputTerm, PixelTerm, TapPair, UncertaintyBalance
+from kdsr.training import train
+from tests.pictures import photograph
+from tests.processes import train_over_processes
+from tests.small_shards import row, write_set
+
+TAPS = (TapPair(student="body.1", teacher="trunk"),)
+LEARNING = (PixelTerm(), OutputTerm(weight=0.5), FeatureTerm(taps=TAPS, weight=0.1))
+# Spectral norms are found a little better with every pass, so that parts are not quite the whole with them.
+DISCRIMINATOR = PatchDiscriminatorSpec(num_features=4, num_levels=1, spectral_norm=False)
+AGAINST = AdversarialTerm(weight=0.01, discriminator=DISCRIMINATOR, r1=1.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in each of several processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Uris of six photographs, and of a teacher."""
+    folder = tmp_path_factory.mktemp("workers")
+    rows = [row(f"photo-{i}.png", photograph(i, height=40, width=44)) for i in range(6)]
+    write_set(open_store(f"file://{folder}/shards"), [rows[:4], rows[4:]])
+    torch.manual_seed(0)
+    model = build_model(EdsrSpec(scale=2, num_features=4, num_blocks=1)).eval()
+    card = Card(name="big", spec=model.spec, num_parameters=0, sha256="")
+    save_model(open_store(f"file://{folder}/big"), model, card)
+    return f"{folder}/shards", f"file://{folder}/big"
+
+
+def config_for(places, output, *, num_steps, **fields):
+    shards, teacher = places
+    given = {
+        "name": "run",
+        "output": str(output),
+        "data": DataConfig(shards=shards, patch_size=8, patches_per_row=2, window_rows=6),
+        "optimizer": OptimizerConfig(warmup_steps=2),
+        "student": EspcnSpec(scale=2, num_features=4),
+        "teacher": TeacherConfig(uri=teacher, force=True),
+        "terms": LEARNING,
+        "balance": UncertaintyBalance(),
+        "num_steps": num_steps,
+        "batch_size": 6,
+        "precision": "float32",
+        "num_validation_images": 0,
+    }
+    return DistillConfig(**{**given, **fields})
+
+
+def learned(output):
+    """Every tensor that a run has trained."""
+    state = StateStore(open_store(f"file://{output}/run")).load("latest")
+    tensors = state["model"] | state["auxiliary"]
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+
+
+def furthest(ours, theirs):
+    assert ours.keys() == theirs.keys() and len(ours) > 8
+    return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
+
+
+@pytest.fixture(scope="module")
+def alone(places, tmp_path_factory):
+    """What one worker learns in fifty steps."""
+    output = tmp_path_factory.mktemp("alone")
+    list(train(config_for(places, output, num_steps=50)))
+    return learned(output)
+
+
+@pytest.mark.parametrize(("num_workers", "micro_batch"), [(2, 2), (4, 1)])
+def test_workers_take_the_steps_of_one_with_all_patches(places, alone, tmp_path, num_workers, micro_batch):
+    """Four workers share six lanes unequally, and pass unequal numbers of micro-batches."""
+    config = config_for(places, tmp_path / "runs", num_steps=50, micro_batch=micro_batch)
+    train_over_processes(config, num_workers=num_workers, folder=tmp_path)
+    assert furthest(learned(tmp_path / "runs"), alone) < 1e-5
+
+
+@pytest.mark.parametrize("more", [{}, {"terms": (*LEARNING, AGAINST)}])
+def test_parts_of_a_batch_add_up_to_the_whole(places, tmp_path, more):
+    for name, micro_batch in (("whole", None), ("parts", 2), ("uneven", 4)):
+        list(train(config_for(places, tmp_path / name, num_steps=20, micro_batch=micro_batch, **more)))
+    whole, parts, uneven = (learned(tmp_path / name) for name in ("whole", "parts", "uneven"))
+    assert furthest(parts, whole) < 1e-5 and furthest(uneven, whole) < 1e-5
