@@ -277,15 +277,15 @@ class PatchReader:
         """Rows are asked for as many steps ahead as a lane takes for the rows that it mixes."""
         ahead = max(1, self.mix_rows * self.data.patches_per_row - BATCHES_READY)
         asked: deque[list[_Patch]] = deque()
-        cut: deque[Iterator[_Pixels]] = deque()
+        cut: deque[Future[PatchBatch]] = deque()
         with _Pools.of(self.data.num_threads) as pools:
             lanes = [self._patches(lane, start.step, pools) for lane in self.own_lanes]
-            for step in count(start.step + 1 - ahead - BATCHES_READY):
+            for step in count(start.step + 1 - ahead):
                 asked.append([next(lane) for lane in lanes])
                 if len(asked) > ahead:
-                    cut.append(pools.cut.map(self._cut, asked.popleft()))
+                    cut.append(pools.cut.submit(self._batch, asked.popleft(), step))
                 if len(cut) > BATCHES_READY:
-                    yield self._collate(list(cut.popleft()), step)
+                    yield cut.popleft().result()
 
     def _patches(self, lane: int, step: int, pools: "_Pools") -> Iterator[_Patch]:
         """Those of `lane` from `step` on, as promises; rows are decoded in the order of their first patch."""
@@ -377,8 +377,9 @@ class PatchReader:
         assert zoom is not None
         return min(self.data.patch_size, zoom.side)
 
-    def _collate(self, pixels: list[_Pixels], step: int) -> PatchBatch:
+    def _batch(self, patches: list[_Patch], step: int) -> PatchBatch:
         """What `step`, counted from 1, is made of."""
+        pixels = [self._cut(patch) for patch in patches]
         teacher = [patch.teacher_sr for patch in pixels if patch.teacher_sr is not None]
         zooms = [patch.zoom for patch in pixels if patch.zoom is not None]
         features = [patch.teacher_features for patch in pixels]
