@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import count, islice
 
 import pytest
@@ -14,7 +15,7 @@ from kdsr.fit import fit, learning_rate_at, new_state
 from kdsr.models import build_model
 from kdsr.models.espcn import Espcn
 from kdsr.objectives import build_objective
-from kdsr.pairs import Cursor, PairBatch
+from kdsr.pairs import Cursor, PairBatch, ZoomPair
 from kdsr.spec import EspcnSpec, MultiScaleSpec, RepChainSpec, SwinLightSpec
 from kdsr.store import open_store
 from kdsr.terms import PixelTerm
@@ -345,3 +346,35 @@ def test_what_a_step_draws_follows_from_the_seed_and_its_number_alone():
 
     assert drawn(seed=1) == drawn(seed=1, burn=5)
     assert len({*drawn(seed=1), *drawn(seed=2)}) == 6
+
+
+def test_a_checkpoint_that_counts_its_data_otherwise_goes_on_with_a_new_epoch(caplog):
+    state = state_of()
+    run(state, until_step=2)
+    older = state_of()
+    older.load_state_dict(state.state_dict() | {"cursor": [3, 1, 17]})
+    assert older.step == 2 and older.cursor == Cursor(0)
+    assert "the epoch that it was in ends here" in caplog.text
+    assert same(weights(older.model), weights(state.model))
+
+
+def test_the_parts_of_a_batch_are_all_of_it_and_share_its_weight():
+    pair = replace(
+        next(batches())[0], lr=torch.arange(5.0).view(5, 1, 1, 1), hr=torch.rand(5, 3, 2, 2), weight=1.5
+    )
+    features, zoom = (
+        {"trunk": torch.rand(5, 2, 1, 1)},
+        ZoomPair(torch.rand(5, 3, 2, 2), torch.rand(5, 3, 4, 4)),
+    )
+    pair = replace(pair, teacher_features=features, zoom=zoom, progress=0.5)
+    parts = pair.parts(2)
+    assert [len(part) for part in parts] == [1, 2, 2] and pair.parts(None) == [pair] == pair.parts(5)
+    assert [part.weight for part in parts] == pytest.approx([0.3, 0.6, 0.6])
+    assert {part.progress for part in parts} == {0.5}
+    for read in (
+        lambda p: p.lr,
+        lambda p: p.hr,
+        lambda p: p.teacher_features["trunk"],
+        lambda p: p.zoom.teacher_sr,
+    ):
+        assert torch.equal(torch.cat([read(part) for part in parts]), read(pair))
