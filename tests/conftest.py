@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Results of several threads may differ in the last bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[LocalS3]:
     """A SeaweedFS that is gone at the end; AWS_* lead to it, and to nothing else, from now on."""

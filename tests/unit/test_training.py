@@ -64,13 +64,7 @@ TEACHER = EdsrSpec(scale=2, num_features=4, num_blocks=1)
 HELDOUT = {1, 4}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Results of several threads may differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def photo(number):

@@ -21,13 +21,7 @@ DISCRIMINATOR = PatchDiscriminatorSpec(num_features=4, num_levels=1, spectral_no
 AGAINST = AdversarialTerm(weight=0.01, discriminator=DISCRIMINATOR, r1=1.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in each of several processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
