@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec uris terms space config cli provenance",
-    "image codecs tiles store shards lanes photos naming manifest progress tracking measures duplicates check",
+    "image codecs tiles store shards lanes photos naming manifest progress tracking measures duplicates "
+    "check",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation observe label upscale resize windows objects forecast evaluate report plots "
     "upscale_report check_report compare compare_summary compare_report tune tune_report compress export",
