@@ -18,10 +18,7 @@ Numbers = NDArray[np.float64]
 DOTS_PER_INCH = 110
 PANEL = (5.2, 3.8)
 """Width and height of a panel in inches."""
-COLOURS = (
-    *("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3c8d"),
-    *("#666600", "#11a579", "#b22222"),
-)
+COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3c8d")
 """Told apart with most kinds of colour blindness, after Okabe and Ito (2008)."""
 DASHES = ("-", "--", ":")
 """A second and a third round of colours."""
