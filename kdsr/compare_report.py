@@ -322,7 +322,7 @@ def pictures(found: Comparison) -> dict[str, bytes]:
         quantity = f"gain over {found.config.reference} (dB)"
         drawn["gains.png"] = plots.gains(gains, quantity=quantity)
     if weights := _weight_panels(found):
-        drawn["weights.png"] = plots.curves(weights, quantity="weight that was used", floor=0)
+        drawn["weights.png"] = plots.curves(weights, quantity="weight that was used", scale="log")
     drawn["comparison.png"] = codecs.encode_png(np.asarray(comparison(_rounds(found, students))))
     return drawn
 

@@ -6,7 +6,7 @@ What is drawn comes as plain arrays. Each function gives the bytes of a PNG.
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ PANEL = (5.2, 3.8)
 """Width and height of a panel in inches."""
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f3c8d")
 """Told apart with most kinds of colour blindness, after Okabe and Ito (2008)."""
+LEAST_DECADE = 1e-5
+"""Below it a logarithmic axis goes on evenly, so that zero has a place."""
 DASHES = ("-", "--", ":")
 """A second and a third round of colours."""
 
@@ -33,10 +35,13 @@ class Line:
     values: Numbers
 
 
-def curves(panels: Mapping[str, Sequence[Line]], *, quantity: str, floor: float | None = None) -> bytes:
-    """One panel for each of `panels`, side by side; `floor` is the least value that is shown.
+def curves(
+    panels: Mapping[str, Sequence[Line]], *, quantity: str, scale: Literal["linear", "log"] = "linear"
+) -> bytes:
+    """One panel for each of `panels`, side by side.
 
-    Where `floor` is None each panel shows the upper part of its curves, where they can be told apart.
+    A linear panel shows the upper part of its curves, where they can be told apart. A logarithmic one shows
+    all of them, down to zero.
     """
     figure, axes = _panels(len(panels))
     colour_of = _colours([line.label for lines in panels.values() for line in lines])
@@ -45,7 +50,9 @@ def curves(panels: Mapping[str, Sequence[Line]], *, quantity: str, floor: float 
             _draw(place, line, **colour_of(line.label))
         place.set_title(title, fontsize=10)
         place.set_xlabel("steps")
-        place.set_ylim(bottom=_floor(lines) if floor is None else floor)
+        if scale == "log":
+            place.set_yscale("symlog", linthresh=LEAST_DECADE)
+        place.set_ylim(bottom=0 if scale == "log" else _floor(lines))
     axes[0].set_ylabel(quantity)
     _legend(figure, axes)
     return _png(figure)
