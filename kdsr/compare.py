@@ -26,12 +26,14 @@ from kdsr.models import build_model, fold, num_parameters
 from kdsr.spec import Frozen
 from kdsr.store import Store, open_store
 from kdsr.training import (
+    RunRow,
     Worker,
     changed_settings,
     discard_checkpoints,
     exported_card,
     logged,
     rehearse,
+    row_beside,
     saved_step,
     train,
 )
@@ -65,7 +67,7 @@ class BenchmarkScores(Frozen):
     images: dict[str, ImageScore]
 
 
-class Row(Frozen):
+class Row(RunRow):
     """`row.json` beside a run: what became of a cell."""
 
     version: Literal[1] = 1
@@ -80,8 +82,6 @@ class Row(Frozen):
     num_threads: int
     device: str
     machine: str
-    config: dict[str, Any]
-    """Everything the run was asked."""
 
     def covers(self, benchmarks: dict[str, str]) -> bool:
         """Whether it was measured on all of `benchmarks`, name to uri."""
@@ -119,18 +119,8 @@ class Ledger:
 
     def row(self, cell: Cell) -> Row | None:
         """What became of `cell`. Raises RequestError for one that was trained with other settings."""
-        try:
-            row = Row.model_validate_json(run_store(cell).get(ROW_KEY))
-        except KeyNotFound:
-            return None
-        except ValidationError as error:
-            raise DataError(f"{run_store(cell).uri}/{ROW_KEY} is not a row: {error}; delete it") from None
-        if changed := changed_settings(cell.config, row.config):
-            raise RequestError(
-                f"cell {cell.name} in {self.config.output} was trained with other settings "
-                f"({'; '.join(changed)}); choose another output, or delete {run_store(cell).uri}"
-            )
-        return row
+        who = f"cell {cell.name} in {self.config.output}"
+        return row_beside(run_store(cell), ROW_KEY, Row, cell.config, who=who)
 
     def cost(self, cell: Cell, *, num_threads: int | None = None) -> StepCost | None:
         """What a step of the method costs, if it was measured with these settings and `num_threads`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -39,7 +39,7 @@ from kdsr.config import (
 )
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
-from kdsr.errors import KdsrError, KeyNotFound, RequestError
+from kdsr.errors import DataError, KdsrError, KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
 from kdsr.models import (
     build_model,
@@ -64,7 +64,7 @@ from kdsr.objectives import (
 )
 from kdsr.objectives.step import Taps, require_tap, tap_grids, tap_names
 from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader, mixed_seed
-from kdsr.spec import Card, Goal, ModelSpec, ShardIndex, TeacherRef
+from kdsr.spec import Card, Frozen, Goal, ModelSpec, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
 from kdsr.terms import (
     AdversarialTerm,
@@ -818,6 +818,35 @@ def _require_same_run(store: Store, config: RunConfig) -> None:
             f"run {config.name} in {config.output} was begun with other settings ({'; '.join(changed)}); "
             f"choose another name, or delete {store.uri}"
         )
+
+
+RowT = TypeVar("RowT", bound="RunRow")
+
+
+class RunRow(Frozen):
+    """What is written beside a run when it has ended, well or not."""
+
+    config: dict[str, Any]
+    """Everything the run was asked."""
+
+
+def row_beside(store: Store, key: str, kind: type[RowT], config: RunConfig, *, who: str) -> RowT | None:
+    """The row under `key` of a run's `store`; None where there is none yet.
+
+    Raises DataError for what is no row, and RequestError, naming `who`, for one of a run with other settings.
+    """
+    try:
+        row = kind.model_validate_json(store.get(key))
+    except KeyNotFound:
+        return None
+    except ValidationError as error:
+        raise DataError(f"{store.uri}/{key} is not a row: {error}; delete it") from None
+    if changed := changed_settings(config, row.config):
+        raise RequestError(
+            f"{who} was trained with other settings ({'; '.join(changed)}); choose another output, or delete "
+            f"{store.uri}"
+        )
+    return row
 
 
 def changed_settings(config: RunConfig, before: Any) -> list[str]:

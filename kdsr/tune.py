@@ -5,19 +5,17 @@ The ledger is one row beside each run, written last. Knows no cluster; who is st
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from pydantic import ValidationError
+from typing import Literal
 
 from kdsr.config import Trial, TuneConfig
-from kdsr.errors import DataError, KeyNotFound, RequestError
-from kdsr.spec import Frozen
+from kdsr.errors import DataError, RequestError
 from kdsr.training import (
     HELD_OUT,
+    RunRow,
     Worker,
-    changed_settings,
     discard_checkpoints,
     logged,
+    row_beside,
     run_store,
     saved_step,
     train,
@@ -27,7 +25,7 @@ from kdsr.training import check as check_run
 ROW_KEY = "trial.json"
 
 
-class TrialRow(Frozen):
+class TrialRow(RunRow):
     """`trial.json` beside a run: what became of a trial."""
 
     version: Literal[1] = 1
@@ -37,8 +35,6 @@ class TrialRow(Frozen):
     """Why it failed."""
     heldout: tuple[tuple[int, float], ...]
     """Steps and the held-out PSNR in dB there."""
-    config: dict[str, Any]
-    """Everything the run was asked."""
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -56,19 +52,7 @@ class Report:
 
 def row_of(trial: Trial) -> TrialRow | None:
     """What became of `trial`. Raises RequestError for one that was trained with other settings."""
-    store = run_store(trial.config)
-    try:
-        row = TrialRow.model_validate_json(store.get(ROW_KEY))
-    except KeyNotFound:
-        return None
-    except ValidationError as error:
-        raise DataError(f"{store.uri}/{ROW_KEY} is not a row: {error}; delete it") from None
-    if changed := changed_settings(trial.config, row.config):
-        raise RequestError(
-            f"{trial.name} was trained with other settings ({'; '.join(changed)}); choose another output, or "
-            f"delete {store.uri}"
-        )
-    return row
+    return row_beside(run_store(trial.config), ROW_KEY, TrialRow, trial.config, who=trial.name)
 
 
 def conclude(
