@@ -17,6 +17,8 @@ from kdsr.spec import ModelSpec
 
 PROBE_SIZE = 16
 """Height and width of the input with which the width of features is found."""
+MOST_LISTED = 40
+"""Taps that an error names one by one."""
 
 
 class _SeenAllError(Exception):
@@ -107,8 +109,19 @@ def tap_grids(spec: ModelSpec, names: Iterable[str], *, size: int) -> dict[str, 
 
 def require_tap(name: str, known: Iterable[str], *, who: str) -> None:
     """Raise RequestError, with the taps that there are, for another one."""
-    if name not in known:
-        raise RequestError(f"{who} has no tap {name!r}; it has {', '.join(known) or 'none'}")
+    if name not in (names := tuple(known)):
+        raise RequestError(f"{who} has no tap {name!r}; it has {_listed(names)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All names where they are few, else the outer ones: an imported network has hundreds of submodules."""
+    depth = max((name.count(".") for name in names), default=0)
+    shown = names
+    while len(shown) > MOST_LISTED and depth > 0:
+        depth -= 1
+        shown = [name for name in names if name.count(".") <= depth]
+    inner = len(names) - len(shown)
+    return (", ".join(shown) or "none") + (f", and {inner} more inside these" if inner else "")
 
 
 class Step:

@@ -15,6 +15,7 @@ from kdsr.models import build_model
 from kdsr.objectives import build_objective
 from kdsr.objectives.features import channel_affinity, on_one_grid, spatial_affinity
 from kdsr.objectives.mutual_information import info_nce, jensen_shannon
+from kdsr.objectives.step import Taps
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EdsrSpec, EspcnSpec, RepChainSpec
 from kdsr.terms import DistillTerm
@@ -188,6 +189,19 @@ def test_the_scale_of_the_teachers_features_does_not_matter(pair):
 def test_a_tap_that_does_not_exist_is_answered_with_those_that_do(taps, words):
     with pytest.raises(RequestError, match=words):
         build_objective(net(STUDENT), [term({"kind": "attention"}, [taps])], teacher=net(TEACHER))
+
+
+def test_of_hundreds_of_submodules_the_outer_ones_are_listed():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(3, 3, 1)
+            self.trunk = nn.Sequential(*(nn.Sequential(nn.ReLU(), nn.ReLU()) for _ in range(50)))
+
+    with pytest.raises(
+        RequestError, match=r"has no tap 'tail'; it has head, trunk, and 150 more inside these$"
+    ):
+        Taps(Deep(), ["tail"], who="the teacher")
 
 
 def test_features_of_no_teacher_are_refused():
