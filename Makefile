@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kdsr-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# These make pages and pictures for the docs, and measure nothing.
-DRAWS := bench/degradation_samples.py bench/render_results.py
+# These make pages, pictures and files for the docs, and measure nothing.
+DRAWS := bench/degradation_samples.py bench/render_results.py bench/join_comparisons.py
 MEASURES := $(filter-out $(DRAWS),$(sort $(wildcard bench/*.py)))
 
 .PHONY: demo test lint format bench setup clean

@@ -3,7 +3,7 @@
     python bench/render_results.py
 
 A file is what jobs/evaluate.py or a script in bench/ wrote. The page has one section for each, in the order
-of their names.
+of their names. docs/distillation.md gets its table of gains from the same files.
 """
 
 import json
@@ -13,6 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
+METHODS_PAGE = ROOT / "docs" / "distillation.md"
+GAINS = ("<!-- written by bench/render_results.py -->", "<!-- until here -->")
+"""The marks between which METHODS_PAGE has the measured gains."""
 
 INTRODUCTION = """# Results
 
@@ -62,12 +65,51 @@ def _compared(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each student and method: the mean over the benchmarks, each of them, and the cost."""
     rows = []
     for mean in (row for row in summary if row["benchmark"] == "mean"):
-        same = [row for row in summary if all(row[name] == mean[name] for name in ("student", "method"))]
+        of = ("student", "method", "scale")
+        same = [row for row in summary if all(row[name] == mean[name] for name in of)]
         each = {f"{row['benchmark']}_psnr_y": row["psnr_y"] for row in same if row is not mean}
-        shown = ("student", "num_parameters", "method", "seeds")
+        shown = ("scale", "student", "num_parameters", "method", "seeds")
         after = ("spread", "gain", "ssim_y", "steps_to_reference", "seconds_per_step", "peak_mb")
         rows.append({**{n: mean[n] for n in shown}, **each, **{n: mean[n] for n in after}})
     return rows
+
+
+def with_gains(page: str) -> str:
+    """`page` with the gains of today's files between its marks."""
+    begin, end = (page.index(mark) for mark in GAINS)
+    return page[: begin + len(GAINS[0])] + f"\n{_gains()}\n" + page[end:]
+
+
+def _gains() -> str:
+    """A row for each method, a column for each student: gain in dB, then what a step costs next to one of alone."""
+    means = [row for row in _read("distillation")["summary"] if row["benchmark"] == "mean"]
+    students = list(dict.fromkeys((row["scale"], row["student"]) for row in means))
+    lines = [
+        f"| method | {' | '.join(f'{student}, x{scale}' for scale, student in students)} | cost of a step |",
+        f"|{' --- |' * (len(students) + 2)}",
+    ]
+    for method in dict.fromkeys(row["method"] for row in means):
+        rows = {(row["scale"], row["student"]): row for row in means if row["method"] == method}
+        gains = [cell("gain", rows[each]["gain"]) if each in rows else "" for each in students]
+        lines.append(f"| {method} | {' | '.join(gains)} | {_cost(method, means)} |")
+    return "\n".join(lines)
+
+
+def _cost(method: str, means: list[dict[str, Any]]) -> str:
+    """CPU seconds of a step as a multiple of the reference's, from the least to the most over students."""
+    alone = {(row["scale"], row["student"]): row for row in means if row["gain"] is None}
+    found = [
+        row["cpu_seconds_per_step"] / alone[row["scale"], row["student"]]["cpu_seconds_per_step"]
+        for row in means
+        if row["method"] == method and row["cpu_seconds_per_step"]
+    ]
+    least, most = (f"{each:.1f}" for each in (min(found, default=0.0), max(found, default=0.0)))
+    return "" if not found else f"x {least}" if least == most else f"x {least} to {most}"
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return content
 
 
 def pictures(path: Path) -> list[str]:
@@ -126,4 +168,5 @@ def cell(name: str, value: Any) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    METHODS_PAGE.write_text(with_gains(METHODS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)} and the gains in {METHODS_PAGE.relative_to(ROOT)}")

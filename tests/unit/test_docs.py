@@ -75,8 +75,10 @@ def _code(page: Path) -> list[str]:
 
 
 def test_the_page_of_results_is_what_the_files_say() -> None:
-    render = runpy.run_path(str(ROOT / "bench/render_results.py"))["render"]
-    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == render()
+    bench = runpy.run_path(str(ROOT / "bench/render_results.py"))
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == bench["render"]()
+    methods = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    assert methods == bench["with_gains"](methods)
 
 
 def test_the_table_of_models_in_the_readme_has_the_sizes_of_their_cards() -> None:
