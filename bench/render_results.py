@@ -81,7 +81,7 @@ def with_gains(page: str) -> str:
 
 
 def _gains() -> str:
-    """A row for each method, a column for each student: gain in dB, then what a step costs next to one of alone."""
+    """A row for each method, a column for each student with the gain in dB, then the cost of a step."""
     means = [row for row in _read("distillation")["summary"] if row["benchmark"] == "mean"]
     students = list(dict.fromkeys((row["scale"], row["student"]) for row in means))
     lines = [
