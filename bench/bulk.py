@@ -147,13 +147,13 @@ def net_alone(case: Case, precision: str, pictures: list[np.ndarray], seconds: f
     """Mpx/s of each way to feed the engine, and what it runs in. For a process that does nothing else."""
     from kdsr.checkpoint import load_model
     from kdsr.engine import Engine
-    from kdsr.upscale import Upscaler, compute_threads
+    from kdsr.upscale import ComputeThreads, Upscaler
 
     engine = Engine(load_model(case.model).model, precision=precision)
     found: dict[str, Any] = {"precision": engine.precision}
     sizes = {"tiles": None} | ({"whole": max(case.height, case.width)} if case.small_enough_whole else {})
     for way, tile_size in sizes.items():
-        with compute_threads(CORES) as compute:
+        with ComputeThreads(CORES) as compute:
             upscaler = Upscaler(engine, tile_size=tile_size, compute=compute)
             images_per_second, cores = _rate(upscaler, pictures, seconds)
             rate = images_per_second * case.output_mpx

@@ -67,7 +67,7 @@ def upscale(
     from kdsr.manifest import Task
     from kdsr.objects import ObjectUpscaler, PixelBudget
     from kdsr.store import open_store
-    from kdsr.upscale import Upscaler, compute_threads
+    from kdsr.upscale import ComputeThreads, Upscaler
 
     if windows_above is not None:
         windows.IN_MEMORY_PIXELS = windows_above
@@ -77,7 +77,7 @@ def upscale(
         input=str(folder / "in"), output=str(folder / "out"), model=model, format=format_, max_pixels=10**10
     )
     source, target = open_store(config.input), open_store(config.output)
-    with compute_threads(threads) as compute:
+    with ComputeThreads(threads) as compute:
         objects = ObjectUpscaler(
             source, target, Upscaler(engine, compute=compute), config, PixelBudget(256_000_000)
         )

@@ -37,7 +37,7 @@ from kdsr.objects import ObjectUpscaler, PixelBudget
 from kdsr.progress import JsonProgress, progress_bar
 from kdsr.spec import Card
 from kdsr.store import open_object, open_store
-from kdsr.upscale import Upscaler, compute_threads
+from kdsr.upscale import ComputeThreads, Upscaler
 
 MAX_TASK_ROWS = 16
 """Images that an actor is given at once: what is redone when it dies, and how often progress is heard of."""
@@ -336,7 +336,7 @@ class UpscaleActor:
         use_gpu = config.cluster.use_gpu
         num_threads = min(num_threads, session.cores())
         engine = Engine(loaded.model, device="cuda" if use_gpu else "cpu", precision=config.precision)
-        compute = compute_threads(1 if use_gpu else num_threads)
+        compute = ComputeThreads(1 if use_gpu else num_threads)
         upscaler = Upscaler(engine, tile_size=config.tile_size, compute=compute)
         self._objects = ObjectUpscaler(
             source=open_store(config.input, config.store),

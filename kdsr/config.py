@@ -7,7 +7,7 @@ because workers run in other folders.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -782,6 +782,27 @@ def _of_extension(value: object) -> object:
 def _chosen(value: object) -> object:
     """0 is what other programs call a size that they choose themselves."""
     return None if value in (0, "0") else value
+
+
+class ResultConfig(Protocol):
+    """What is asked of a result: the fields that jobs and requests share, as `UpscaleConfig` has them."""
+
+    @property
+    def scale(self) -> float | None: ...  # noqa: D102 said once, in UpscaleConfig; and so below
+    @property
+    def width(self) -> int | None: ...  # noqa: D102
+    @property
+    def megapixels(self) -> float | None: ...  # noqa: D102
+    @property
+    def max_bytes(self) -> int | None: ...  # noqa: D102
+    @property
+    def format(self) -> OutputFormat | None: ...  # noqa: D102
+    @property
+    def encode(self) -> EncodeConfig: ...  # noqa: D102
+    @property
+    def max_pixels(self) -> int: ...  # noqa: D102
+    @property
+    def max_frames(self) -> int: ...  # noqa: D102
 
 
 class UpscaleConfig(Frozen):

@@ -9,6 +9,7 @@ KdsrError
 │   ├── BucketNotFound      the bucket does not exist
 │   ├── AccessDenied        the credentials do not allow it
 │   └── StoreUnreachable    nothing answered at the endpoint
+├── Abandoned               nobody waits for the result any more
 └── DataError               this image, shard or checkpoint is bad
     ├── ImageCorrupt        the bytes are no image, or a broken one
     ├── ImageUnsupported    an image, but of a kind that is not handled
@@ -56,6 +57,10 @@ class AccessDenied(StoreError):
 
 class StoreUnreachable(StoreError):
     """Nothing answered at the endpoint."""
+
+
+class Abandoned(KdsrError):
+    """Nobody waits for the result any more: its caller left, or its deadline passed."""
 
 
 class DataError(KdsrError):

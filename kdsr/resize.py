@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kdsr.config import UpscaleConfig
+from kdsr.config import ResultConfig
 from kdsr.errors import ImageTooLarge
 from kdsr.image import Image
 
@@ -32,7 +32,7 @@ MIN_QUALITY = 40
 # ---------------------------------------------------------------- which size
 
 
-def target_size(height: int, width: int, *, net_scale: int, config: UpscaleConfig) -> tuple[int, int]:
+def target_size(height: int, width: int, *, net_scale: int, config: ResultConfig) -> tuple[int, int]:
     """Rows and columns of the result for an input of `height` x `width` pixels."""
     if config.width is not None:
         return _rounded(height * config.width / width), config.width

@@ -6,9 +6,9 @@ network but through its engine.
 
 import math
 import threading
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from kdsr.engine import Engine
 from kdsr.errors import ImageUnsupported, RequestError
 from kdsr.image import Image
 from kdsr.tiles import Box, Tile, plan, split
+from kdsr.turns import Claim, Turns
 
 MIN_TILE_SIZE = 512
 """Smaller tiles spend more on their halo than they gain by staying in a CPU's cache."""
@@ -98,6 +99,9 @@ class Upscaler:
     `batch_size` tiles of one shape, or more small ones with no more pixels, go through the engine at once,
     those of different images too. When the engine runs out of memory both are halved, the batch first, for
     this image and all later ones. Tiles run in `compute`; in the caller's thread when it is not given.
+
+    Images with a `Claim` of their own take turns, tile by tile; all others are done in the order in which
+    they come. That holds over all upscalers with the same `compute`.
     """
 
     def __init__(
@@ -106,7 +110,7 @@ class Upscaler:
         *,
         tile_size: int | None = None,
         batch_size: int = 1,
-        compute: Executor | None = None,
+        compute: "ComputeThreads | None" = None,
     ) -> None:
         self.engine = engine
         self._tile_size = tile_size or max(MIN_TILE_SIZE, 8 * engine.receptive_radius)
@@ -114,21 +118,23 @@ class Upscaler:
             self._tile_size, batch_size, engine=engine, memory_bytes=available_bytes()
         )
         self._compute = compute
-        self._queue = _Queue()
+        self._everyone = Claim()
 
-    def upscale(self, image: Image) -> Image:
+    def upscale(self, image: Image, claim: Claim | None = None) -> Image:
         """`image` (h, w) to (h*scale, w*scale), same depth, grey as grey, metadata kept.
 
         Alpha goes through the same network, and where it is plain it stays exactly so. Colours under what
         is fully transparent are made up from what is visible beside it. Float images with values outside
         [0, 1] are brought there by their own range for the network, and back.
         Raises RequestError for a colour image and a network for grey ones, ImageUnsupported for floats that
-        are not finite, DataError when the network's output is not finite.
+        are not finite, DataError when the network's output is not finite, Abandoned when `claim` is over
+        before the last tile has run.
         """
         is_float = image.pixels.dtype == np.float32
         levels = levels_of(*range_of(image.pixels)) if is_float else UNIT
         tiles = tuple(self._plan(image.height, image.width))
-        return self.upscale_band(image, Band(0, image.height, 0, image.height, tiles), levels=levels)
+        band = Band(0, image.height, 0, image.height, tiles)
+        return self.upscale_band(image, band, levels=levels, claim=claim)
 
     def bands(self, height: int, width: int, *, has_alpha: bool) -> list[Band]:
         """Rows of tiles that together are `upscale` of an image of that size, to the byte."""
@@ -137,14 +143,15 @@ class Upscaler:
             by_top[tile.core.top].append(tile)
         return [_band(tiles, height, has_alpha=has_alpha) for tiles in by_top.values()]
 
-    def upscale_band(self, rows: Image, band: Band, *, levels: Levels) -> Image:
+    def upscale_band(self, rows: Image, band: Band, *, levels: Levels, claim: Claim | None = None) -> Image:
         """`rows` (read_bottom - read_top, w) to ((bottom - top)*scale, w*scale); see `upscale`."""
+        claim = claim or self._everyone
         alpha = None
         pixels = rows.pixels
         if rows.alpha is not None:
             pixels = bleed(pixels, rows.alpha)
-            alpha = self._upscale_alpha(rows.alpha, band)
-        return replace(rows, pixels=self._upscale_pixels(pixels, band, levels), alpha=alpha)
+            alpha = self._upscale_alpha(rows.alpha, band, claim)
+        return replace(rows, pixels=self._upscale_pixels(pixels, band, levels, claim), alpha=alpha)
 
     def _plan(self, height: int, width: int) -> list[Tile]:
         return plan(
@@ -155,17 +162,17 @@ class Upscaler:
             multiple_of=self.engine.multiple_of,
         )
 
-    def _upscale_pixels(self, pixels: np.ndarray, band: Band, levels: Levels) -> np.ndarray:
+    def _upscale_pixels(self, pixels: np.ndarray, band: Band, levels: Levels, claim: Claim) -> np.ndarray:
         """(h, w, C) of any type to ((bottom - top)*scale, w*scale, C); C is 1, or what the engine takes."""
         if pixels.shape[2] > self.engine.channels:
             raise RequestError(
                 "the network is for grey images and this one has colours; use a network with 3 channels"
             )
-        job = _Job(levels.to_unit(pixels), self._empty(pixels, band), band)
+        job = _Job(self, levels.to_unit(pixels), self._empty(pixels, band), band, claim)
         self._run_all(job, band.tiles)
         return levels.from_unit(job.sr)
 
-    def _upscale_alpha(self, alpha: np.ndarray, band: Band) -> np.ndarray:
+    def _upscale_alpha(self, alpha: np.ndarray, band: Band, claim: Claim) -> np.ndarray:
         """(h, w) to ((bottom - top)*scale, w*scale), exactly as it is where it is plain."""
         scale = self.engine.scale
         kept = slice(band.top - band.read_top, band.bottom - band.read_top)
@@ -173,7 +180,7 @@ class Upscaler:
         is_plain = _is_plain(alpha)
         if is_plain.all():
             return sr
-        job = _Job(alpha[:, :, None], self._empty(alpha[:, :, None], band), band)
+        job = _Job(self, alpha[:, :, None], self._empty(alpha[:, :, None], band), band, claim)
         self._run_all(job, [tile for tile in band.tiles if not is_plain[job.rows(tile.core)].all()])
         np.copyto(sr, job.sr[:, :, 0], where=~_enlarged(is_plain[kept], scale))
         return sr.clip(0, 1) if sr.dtype == np.float32 else sr
@@ -186,23 +193,26 @@ class Upscaler:
     def _run_all(self, job: "_Job", tiles: Iterable[Tile]) -> None:
         """Fill `job.sr` with `tiles`. Raises what the engine raised for the first one that failed."""
         requests = [_Request(tile, job) for tile in tiles]
-        queue = _Queue() if self._compute is None else self._queue
-        queue.put(requests)
+        turns = Turns[_Request]() if self._compute is None else self._compute.turns
+        turns.put(job.claim, ((request.kind, request) for request in requests))
         for _ in requests:
             if self._compute is None:
-                self._run_next(queue)
+                _run_next(turns)
             else:
-                self._compute.submit(self._run_next, queue)
+                self._compute.submit(_run_next, turns)
         for request in requests:
             request.finished.wait()
         for request in requests:
             if request.error is not None:
                 raise request.error
 
-    def _run_next(self, queue: "_Queue") -> None:
-        """Run some waiting tiles of one shape, of any image; nothing when others have run them all."""
+    def batch_of(self, request: "_Request") -> int:
+        """How many tiles like that go through the engine at once."""
         largest = self._tile_size + 2 * self.engine.receptive_radius
-        requests = queue.take(max_pixels=self._batch_size * largest**2)
+        return max(1, self._batch_size * largest**2 // math.prod(request.tile.read.shape))
+
+    def run_together(self, requests: Sequence["_Request"]) -> None:
+        """Run tiles of one kind, of any images; each is finished after that, with an error or without."""
         try:
             self._upscale_tiles(requests)
         except Exception:  # noqa: BLE001 tried again one by one: other images must not fail with one
@@ -220,8 +230,6 @@ class Upscaler:
 
     def _upscale_tiles(self, requests: Sequence["_Request"]) -> None:
         """Run tiles of one shape and put their cores in place; in smaller parts where memory is short."""
-        if not requests:
-            return
         largest = max(max(request.tile.core.shape) for request in requests)
         if largest > self._largest_tile:
             self._upscale_parts(requests)
@@ -310,15 +318,28 @@ def available_bytes() -> int | None:
         return free
 
 
-def compute_threads(num_threads: int) -> ThreadPoolExecutor:
-    """Threads for `Upscaler`'s tiles, each of which keeps one core busy.
+class ComputeThreads(ThreadPoolExecutor):
+    """Threads for the tiles of one upscaler or of several, and the tiles that wait for them.
 
-    Whole tiles in parallel waste less than one tile split over cores, where the slowest core, which may be
-    encoding meanwhile, holds up the others in every layer.
+    Each keeps one core busy: whole tiles in parallel waste less than one tile split over cores, where the
+    slowest core, which may be encoding meanwhile, holds up the others in every layer.
     """
-    return ThreadPoolExecutor(
-        num_threads, thread_name_prefix="tiles", initializer=torch.set_num_threads, initargs=(1,)
-    )
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(
+            num_threads, thread_name_prefix="tiles", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self.turns = Turns[_Request]()
+
+
+def _run_next(turns: "Turns[_Request]") -> None:
+    """Run some waiting tiles of one kind, of any image; nothing when others have run them all."""
+    requests, dropped = turns.take(most=lambda request: request.job.upscaler.batch_of(request))
+    for request in dropped:
+        request.error = request.job.claim.abandoned()
+        request.finished.set()
+    if requests:
+        requests[0].job.upscaler.run_together(requests)
 
 
 # ---------------------------------------------------------------- tiles of arrays
@@ -328,11 +349,13 @@ def compute_threads(num_threads: int) -> ThreadPoolExecutor:
 class _Job:
     """Rows of an image on their way through the engine."""
 
+    upscaler: Upscaler
     pixels: np.ndarray
     """(h, w, C), the rows that the band reads."""
     sr: np.ndarray
     """(H, W, C), the rows that it gives, filled core by core."""
     band: Band
+    claim: Claim
 
     def rows(self, box: Box) -> tuple[slice, slice]:
         """What cuts `box` out of `pixels`."""
@@ -348,6 +371,12 @@ class _Request:
     finished: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
+    @property
+    def kind(self) -> Hashable:
+        """Tiles of the same kind can go through the engine together."""
+        pixels = self.job.pixels
+        return self.job.upscaler, self.tile.read.shape, pixels.shape[2], pixels.dtype
+
     def crop(self) -> np.ndarray:
         """(h, w, C): what the tile reads."""
         return self.job.pixels[self.job.rows(self.tile.read)]
@@ -357,34 +386,6 @@ class _Request:
         core = self.tile.core.within(self.tile.read).scaled(scale)
         place = self.tile.core.shifted(-self.job.band.top, 0).scaled(scale)
         self.job.sr[place.slices] = result[core.slices]
-
-
-class _Queue:
-    """Tiles that wait, by shape and type: any of a kind can go through the engine at once."""
-
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[Hashable, deque[_Request]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def put(self, requests: Iterable[_Request]) -> None:
-        """Add tiles at the end."""
-        with self._lock:
-            for request in requests:
-                pixels = request.job.pixels
-                kind = (request.tile.read.shape, pixels.shape[2], pixels.dtype)
-                self._waiting.setdefault(kind, deque()).append(request)
-
-    def take(self, *, max_pixels: int) -> list[_Request]:
-        """Some tiles of the kind whose turn it is, at least one unless there is none."""
-        with self._lock:
-            if not self._waiting:
-                return []
-            kind, requests = self._waiting.popitem(last=False)
-            number = max(1, max_pixels // math.prod(requests[0].tile.read.shape))
-            taken = [requests.popleft() for _ in range(min(number, len(requests)))]
-            if requests:
-                self._waiting[kind] = requests
-            return taken
 
 
 def _band(tiles: Sequence[Tile], height: int, *, has_alpha: bool) -> Band:

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec uris terms space config cli provenance",
-    "image codecs tiles store shards lanes photos naming manifest progress tracking measures duplicates "
-    "check",
+    "image codecs tiles store shards lanes photos naming turns manifest progress tracking measures "
+    "duplicates check",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
-    "fit training validation observe label upscale resize windows objects forecast evaluate report plots "
+    "fit training validation observe label upscale resize windows encoded objects forecast evaluate report "
+    "plots serving "
     "upscale_report check_report compare compare_summary compare_report tune tune_report compress export",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
@@ -71,6 +72,8 @@ def test_a_module_imports_its_own_floor_or_a_lower_one(source):
         ("PIL", {"kdsr/codecs", "kdsr/report.py", "kdsr/check_report.py"}),
         ("matplotlib", {"kdsr/plots.py"}),
         ("spandrel", {"kdsr/checkpoint.py", "kdsr/models"}),
+        ("fastapi", {"kdsr/serving", "cluster/serve.py"}),
+        ("starlette", {"kdsr/serving", "cluster/serve.py"}),
         ("torch", {"kdsr", "cluster"}),
     ],
 )

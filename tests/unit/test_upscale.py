@@ -31,10 +31,10 @@ from kdsr.spec import (
 from kdsr.upscale import (
     BLEED_LEVELS,
     BYTES_PER_OUTPUT_PIXEL,
+    ComputeThreads,
     Upscaler,
     available_bytes,
     bleed,
-    compute_threads,
     fitting,
 )
 
@@ -130,7 +130,7 @@ def test_any_size_is_upscaled_whole(engine, height, width, tile_size, batch_size
 
 def test_tiles_in_threads_equal_tiles_in_turn(engine):
     image = picture(150, 90)
-    with compute_threads(3) as threads:
+    with ComputeThreads(3) as threads:
         in_threads = Upscaler(engine, tile_size=32, compute=threads).upscale(image).pixels
     assert differences(in_threads, Upscaler(engine, tile_size=32).upscale(image).pixels)[0] <= 1
 
@@ -335,7 +335,7 @@ def test_what_is_opaque_or_transparent_around_stays_exactly_so(engine, dtype):
 def test_tiles_of_many_images_share_batches_and_give_the_same_bytes(engine):
     images = [picture(24, 24, seed=seed) for seed in range(40)]
     alone = [Upscaler(engine, batch_size=1).upscale(image).pixels for image in images]
-    with compute_threads(2) as compute, ThreadPoolExecutor(8) as threads:
+    with ComputeThreads(2) as compute, ThreadPoolExecutor(8) as threads:
         upscaler = Upscaler(engine, compute=compute)
         together = list(threads.map(upscaler.upscale, images))
     for found, expected in zip(together, alone, strict=True):
@@ -420,7 +420,7 @@ def test_one_bad_image_does_not_fail_its_neighbours():
             return "failed"
 
     images = [bad if number == 11 else picture(24, 24, seed=number) for number in range(30)]
-    with compute_threads(1) as compute, ThreadPoolExecutor(30) as threads:
+    with ComputeThreads(1) as compute, ThreadPoolExecutor(30) as threads:
         upscaler = Upscaler(engine, compute=compute)
         found = list(threads.map(outcome, images))
     assert found == ["failed" if number == 11 else (48, 48, 3) for number in range(30)]
