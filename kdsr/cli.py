@@ -350,6 +350,8 @@ def _show(field: FieldInfo, form: Callable[[Any], Any]) -> str:
 def _dumped(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {name: _dumped(element) for name, element in value.items()}
     return [_dumped(element) for element in value] if isinstance(value, tuple) else value
 
 

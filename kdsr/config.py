@@ -772,7 +772,7 @@ def _part_of_name(text: str) -> str:
     return text
 
 
-def _of_extension(value: object) -> object:
+def of_extension(value: object) -> object:
     """`jpg` means JPEG to people, and `auto` that nothing is chosen."""
     known = {"jpg": "jpeg", "tif": "tiff", "auto": None}
     name = value.lower().removeprefix(".") if isinstance(value, str) else value
@@ -822,7 +822,7 @@ class UpscaleConfig(Frozen):
     """Size of each result, instead of a scale."""
     max_bytes: int | None = Field(default=None, ge=1)
     """Largest file: quality, then size, is lowered until the result fits."""
-    format: Annotated[OutputFormat | None, BeforeValidator(_of_extension), Flags(("-f", "--ext"))] = None
+    format: Annotated[OutputFormat | None, BeforeValidator(of_extension), Flags(("-f", "--ext"))] = None
     """Of all results; the input's when not set, and JPEG for HEIC. jpg, tif and auto are understood."""
     suffix: Annotated[str, AfterValidator(_part_of_name)] = ""
     """Put between name and extension of each result."""
@@ -861,6 +861,139 @@ class UpscaleConfig(Frozen):
         sizes = [name for name in ("scale", "width", "megapixels") if getattr(self, name) is not None]
         if len(sizes) > 1:
             raise ValueError(f"expected one size, found {' and '.join(sizes)}; leave all but one out")
+        return self
+
+
+# ---------------------------------------------------------------- serving
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.:\[\]-]+)$")]
+
+
+class NetworkConfig(Frozen):
+    """One network of a served model."""
+
+    uri: ModelReference
+    """Bundled name, model directory or checkpoint file."""
+    sha256: Digest | None = None
+    """Of the weights; a network with another one is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"uri": value} if isinstance(value, str) else value
+
+
+ModelTable = dict[Name, Annotated[tuple[NetworkConfig, ...], Field(min_length=1)]]
+"""Networks of each served model, one for each scale that it has."""
+
+
+class KeyConfig(Frozen):
+    """One API key, which is never kept itself."""
+
+    sha256: Digest
+    """Of the key. --new_key NAME makes a key and prints what belongs here."""
+    pixels_per_minute: int | None = Field(default=None, ge=1)
+    """Output pixels that it may ask for; no limit when not set."""
+
+
+class LimitsConfig(Frozen):
+    """What one request may be, and what all together may hold."""
+
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1)
+    """Of an image as it is sent."""
+    max_pixels: int = Field(default=4_194_304, ge=1)
+    """Of an input; more is refused before anything is decoded. Of an animation in all its frames."""
+    max_output_pixels: int = Field(default=67_108_864, ge=1)
+    """Of a result, and of what the network makes on the way to it."""
+    max_frames: int = Field(default=200, ge=1)
+    """Pictures of an animation or pages of a document."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """From the first byte of a request to its answer; what is still waiting then costs no more work."""
+    body_seconds: float = Field(default=30.0, gt=0)
+    """For a request's body to arrive."""
+    idle_seconds: float = Field(default=10.0, gt=0)
+    """Longest pause within a body."""
+    queue_bytes: int = Field(default=2**30, ge=2**20)
+    """Pictures, decoded and upscaled, that a replica holds or has promised to hold; beyond it says 429."""
+    max_waiting_bytes: int = Field(default=256 * 2**20, ge=2**20)
+    """Bodies that the entrance holds at once; beyond it says 429."""
+    replay_bytes: int = Field(default=64 * 2**20, ge=0)
+    """Answers that are kept for repeated Idempotency-Keys."""
+    replay_seconds: float = Field(default=600.0, gt=0)
+    """How long they are."""
+
+
+class ServedJobsConfig(Frozen):
+    """Work that is too big or too many for one request, done by the bulk path."""
+
+    records: Uri
+    """Folder or prefix of what is known of each job; a restart goes on from it."""
+    inputs: tuple[Uri, ...] = ()
+    """Places below which a job may read; uploads need none."""
+    outputs: tuple[Uri, ...] = ()
+    """Places below which a job may write."""
+    max_upload_bytes: int = Field(default=2**30, ge=1)
+    """Of one image that is sent to become a job."""
+    max_pixels: int = Field(default=500_000_000, ge=1)
+    """Of one input of a job."""
+    max_waiting: int = Field(default=100, ge=1)
+    """Jobs of one key that are not finished; beyond it says 429."""
+
+
+class ServeConfig(Frozen):
+    """Serve models over HTTP."""
+
+    models: Annotated[ModelTable, Field(min_length=1)] = Field(
+        default={"photo": (NetworkConfig(uri="photo-x2"), NetworkConfig(uri="photo-x4"))}
+    )
+    """Networks of each model by its name. A request that names none gets the first."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    tls_certificate: Path | None = None
+    """PEM file of the certificate chain; plain HTTP when not set."""
+    tls_key: Path | None = None
+    """PEM file of its key."""
+    tls_client_ca: Path | None = None
+    """PEM file of authorities; clients without a certificate of theirs are refused."""
+    auth: Literal["keys", "none"] = "keys"
+    """none lets everybody in, and has to be asked for."""
+    keys: dict[Name, KeyConfig] = Field(default={})
+    """API keys by the name of their owner."""
+    keys_file: Path | None = None
+    """YAML file with more of them, in the form of `keys`."""
+    new_key: Name | None = None
+    """Print a new API key for this owner, and what belongs into `keys`; serve nothing."""
+    cors_origins: tuple[Origin, ...] = ()
+    """Pages of these origins may call from a browser; none when empty."""
+    fetch_urls: bool = False
+    """Whether a request may name an image by its URL; private addresses are refused always."""
+    limits: LimitsConfig = LimitsConfig()
+    jobs: ServedJobsConfig | None = None
+    """Where POST /v1/jobs may read and write; there are no jobs when not set."""
+    precision: Precision = "auto"
+    """Number type of the networks, as for upscaling."""
+    tile_size: Annotated[int, Field(ge=16)] | None = None
+    """Height and width of a tile in input pixels; chosen by the network when not set."""
+    batch_size: int = Field(default=1, ge=1)
+    """Tiles of one shape that go through a network together; more than one pays on GPUs."""
+    target_waiting_tiles: float = Field(default=16.0, gt=0)
+    """Tiles that wait at each replica before another one is started, up to `cluster.num_workers`."""
+    entrances: int = Field(default=1, ge=1)
+    """Processes that read requests. A key's quota is divided among them."""
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    """`num_workers` are replicas; `[1, 4]` starts more as tiles wait."""
+
+    @model_validator(mode="after")
+    def _whole_certificate(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; give both or none")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         return self
 
 

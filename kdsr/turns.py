@@ -24,7 +24,21 @@ class Claim:
 
     def __init__(self, *, deadline: float = math.inf) -> None:
         self.deadline = deadline
+        self.began: float | None = None
+        """Time of `time.perf_counter` at which its first item was begun."""
+        self.seconds = 0.0
+        """Spent on its items; its share where others' went together with them."""
+        self.largest_batch = 0
+        """Most items, its own and others', that went together with one of its own."""
         self._is_withdrawn = False
+        self._lock = threading.Lock()
+
+    def note(self, *, began: float, seconds: float, batch: int) -> None:
+        """Count one of its items, which was begun at `began` among `batch`."""
+        with self._lock:
+            self.began = began if self.began is None else min(began, self.began)
+            self.seconds += seconds
+            self.largest_batch = max(batch, self.largest_batch)
 
     def withdraw(self) -> None:
         """Nobody waits for the result any more."""

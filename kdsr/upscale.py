@@ -6,6 +6,7 @@ network but through its engine.
 
 import math
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -213,13 +214,16 @@ class Upscaler:
 
     def run_together(self, requests: Sequence["_Request"]) -> None:
         """Run tiles of one kind, of any images; each is finished after that, with an error or without."""
+        began = time.perf_counter()
         try:
             self._upscale_tiles(requests)
         except Exception:  # noqa: BLE001 tried again one by one: other images must not fail with one
             for request in requests:
                 self._run_alone(request)
         finally:
+            share = (time.perf_counter() - began) / len(requests)
             for request in requests:
+                request.job.claim.note(began=began, seconds=share, batch=len(requests))
                 request.finished.set()
 
     def _run_alone(self, request: "_Request") -> None:

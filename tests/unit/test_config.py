@@ -19,6 +19,7 @@ from kdsr.config import (
     DistillConfig,
     EvaluateConfig,
     LabelConfig,
+    ServeConfig,
     ShardConfig,
     StoreConfig,
     TeacherTrainingConfig,
@@ -56,6 +57,7 @@ SMALLEST = {
         "output": "a",
     },
     EvaluateConfig: {"model": ["bicubic"], "benchmark": ["Set5"], "output": "c"},
+    ServeConfig: {},
     UpscaleConfig: {"input": "a", "output": "b", "model": "photo-x4"},
 }
 
@@ -100,6 +102,7 @@ CLASS_OF_PREFIX = {
     "compare": CompareConfig,
     "evaluate": EvaluateConfig,
     "upscale": UpscaleConfig,
+    "serve": ServeConfig,
 }
 
 

@@ -26,6 +26,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "tune": config.TuneConfig,
     "evaluate": config.EvaluateConfig,
     "upscale": config.UpscaleConfig,
+    "serve": config.ServeConfig,
     "demo": config.DemoConfig,
 }
 

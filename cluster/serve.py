@@ -1,0 +1,240 @@
+"""Models behind HTTP with Ray Serve: entrances that read requests, replicas that hold networks.
+
+`app` is what `serve build` and `serve deploy` import: cluster.serve:app with the fields of ServeConfig as its
+args. Knows no pixels: encoded bytes go to a replica, and encoded bytes come back.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster import session
+from kdsr.config import ServeConfig
+from kdsr.errors import KdsrError
+from kdsr.serving.app import build_app
+from kdsr.serving.contract import Call, Description, Refusal, Result
+from kdsr.serving.host import MAX_CALLS, ModelHost, check_table
+from kdsr.serving.keys import read_keys
+from kdsr.serving.problems import Problem
+
+APP_NAME = "kdsr"
+ENTRANCE_CPUS = 0.1
+"""It mostly waits; what it hashes and reads from headers is little."""
+FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
+"""How long a description is taken for the present one, and how long it is better than none."""
+ANSWER_SECONDS = 3.0
+"""For a replica to describe itself."""
+
+
+# ---------------------------------------------------------------- replicas
+
+
+class Replica:
+    """All networks of all models in one process."""
+
+    def __init__(self, settings: dict[str, Any], num_threads: int) -> None:
+        """`settings` are a ServeConfig without its models, which come by `reconfigure`."""
+        _log_to_stderr()
+        config = ServeConfig.model_validate(settings)
+        device = "cuda" if config.cluster.use_gpu else "cpu"
+        num_threads = min(num_threads, session.cores())
+        self._host = ModelHost(config, num_threads=num_threads, device=device)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the models of `user_config`; one that cannot be loaded stays as it was."""
+        table = ServeConfig.model_validate({"models": user_config["models"]}).models
+        failures = await asyncio.to_thread(self._host.load, table)
+        if failures and not self._host.describe().models:
+            raise KdsrError("; ".join(f"model {name}: {cause}" for name, cause in failures.items()))
+
+    async def upscale(self, call: Call) -> Result | Refusal:
+        """See `ModelHost.answer`."""
+        return await self._host.answer(call)
+
+    async def describe(self) -> Description:
+        """What is served now."""
+        return self._host.describe()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `tiles_policy` looks at."""
+        return {"waiting_tiles": float(self._host.waiting_tiles)}
+
+
+def tiles_policy(ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """As many replicas as it takes for each to have the wanted number of waiting tiles.
+
+    `ctx.config.target_ongoing_requests` is that number. Bounds and delays are Serve's.
+    """
+    waiting = sum((ctx.aggregated_metrics or {}).get("waiting_tiles", {}).values())
+    wanted = math.ceil(waiting / ctx.config.get_target_ongoing_requests())
+    least, most = ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas
+    return min(max(wanted, least), most), {}
+
+
+# ---------------------------------------------------------------- entrances
+
+
+class ClusterBackend:
+    """Replicas, as the HTTP application sees them."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas
+        self._description: Description | None = None
+        self._since = -math.inf
+
+    async def describe(self) -> Description:
+        """What one replica said a moment ago. Raises Problem 503 while there is none."""
+        age = time.monotonic() - self._since
+        if self._description is not None and age < FRESH_SECONDS:
+            return self._description
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                self._description = await self._replicas.describe.remote()
+                self._since = time.monotonic()
+        except (TimeoutError, RayError, RayServeException):
+            if self._description is None or age > STALE_SECONDS:
+                raise Problem("loading", "no replica answers yet; try again soon", retry_after=2) from None
+        assert self._description is not None
+        return self._description
+
+    async def upscale(self, call: Call) -> Result | Refusal:
+        """See `kdsr.serving.app.Backend`."""
+        try:
+            return await self._replicas.upscale.remote(call)
+        except BackPressureError:
+            return Refusal("busy", "too much is waiting already; try again later", 2)
+        except (RayError, RayServeException) as error:
+            logging.getLogger("kdsr.serving").warning(
+                "request %s: %s", call.request_id, session.last_line(error)
+            )
+            return Refusal("worker-lost", "the worker that had this request is gone; send it again", 1)
+
+
+class Entrance:
+    """Reads requests, refuses what can be refused, and hands the rest to replicas."""
+
+    def __init__(self, settings: dict[str, Any], replicas: DeploymentHandle) -> None:
+        _log_to_stderr()
+        self._config = ServeConfig.model_validate(settings)
+        self._backend = ClusterBackend(replicas)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._config, self._backend, read_keys(self._config), tells_id=False)
+
+
+# ---------------------------------------------------------------- the application
+
+
+def app(args: ServeConfig) -> serve.Application:
+    """Entrances in front of replicas. Raises RequestError for a configuration that lets nobody in."""
+    read_keys(args)
+    # Models come by user_config: another table of them is no reason to start a replica anew.
+    settings = args.model_dump(mode="json", exclude={"models"})
+    models = args.model_dump(mode="json", include={"models"})
+    replicas = serve.deployment(Replica).options(**_replica_options(args), user_config=models)
+    entrance = serve.deployment(serve.ingress()(Entrance)).options(
+        name="Entrance",
+        num_replicas=args.entrances,
+        ray_actor_options={"num_cpus": ENTRANCE_CPUS},
+        max_ongoing_requests=1000,
+        **_draining(args),
+    )
+    return entrance.bind(settings, replicas.bind(settings, session.worker_threads(args.cluster)))
+
+
+def _draining(config: ServeConfig) -> dict[str, float]:
+    """A replica that is to end first answers what it has."""
+    longest = config.limits.timeout_seconds + config.limits.body_seconds
+    return {"graceful_shutdown_timeout_s": longest + 10, "health_check_timeout_s": 30}
+
+
+def _replica_options(config: ServeConfig) -> dict[str, Any]:
+    cluster = config.cluster
+    # Jobs beside the replicas need a CPU of the cluster's account, or they would wait for ever.
+    cpus = max(0.5, session.worker_cpus(cluster) - (1.0 if config.jobs else 0.0))
+    return {
+        "name": "Replica",
+        "ray_actor_options": {"num_cpus": cpus, "num_gpus": 1 if cluster.use_gpu else 0},
+        # Admission refuses what is too much, at once; here nothing is to wait without being counted.
+        "max_ongoing_requests": 16 * MAX_CALLS,
+        "max_queued_requests": 16 * MAX_CALLS,
+        **_scaling(config),
+        **_draining(config),
+    }
+
+
+def _scaling(config: ServeConfig) -> dict[str, Any]:
+    least, most = config.cluster.least_workers, config.cluster.most_workers
+    if least == most:
+        return {"num_replicas": least}
+    scaling = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        target_ongoing_requests=config.target_waiting_tiles,
+        upscale_delay_s=5,
+        downscale_delay_s=60,
+        look_back_period_s=5,
+        policy=AutoscalingPolicy(policy_function="cluster.serve:tiles_policy"),
+    )
+    return {"autoscaling_config": scaling}
+
+
+def http_options(config: ServeConfig) -> HTTPOptions:
+    """Where Serve's proxies listen, and how."""
+
+    def text(path: Any) -> str | None:
+        return None if path is None else str(path)
+
+    return HTTPOptions(
+        host=config.host,
+        port=config.port,
+        request_timeout_s=config.limits.timeout_seconds + config.limits.body_seconds + 15,
+        keep_alive_timeout_s=30,
+        ssl_certfile=text(config.tls_certificate),
+        ssl_keyfile=text(config.tls_key),
+        ssl_ca_certs=text(config.tls_client_ca),
+    )
+
+
+def start(config: ServeConfig) -> str:
+    """Deploy, wait until requests are answered, and return the address.
+
+    The same again with other `models` replaces those without a restart. Raises KdsrError before anything
+    starts for what cannot be served.
+    """
+    read_keys(config)
+    check_table(config)
+    session.connect(config.cluster)
+    session.require_capacity(config.cluster, num_workers=config.cluster.least_workers)
+    serve.start(proxy_location="EveryNode", http_options=http_options(config))
+    serve.run(app(config), name=APP_NAME, route_prefix="/")
+    scheme = "http" if config.tls_certificate is None else "https"
+    return f"{scheme}://{config.host}:{config.port}"
+
+
+def stop() -> None:
+    """Take the application down; what is under way is answered first."""
+    if ray.is_initialized():
+        serve.delete(APP_NAME)
+        serve.shutdown()
+
+
+def _log_to_stderr() -> None:
+    """Lines of JSON for each request, and sentences for what goes wrong."""
+    logger = logging.getLogger("kdsr")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

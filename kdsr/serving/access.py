@@ -1,0 +1,111 @@
+"""Around every request: its id, what the log says of it, headers for safety, always an answer."""
+
+import json
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kdsr.serving.problems import MEDIA_TYPE, Problem
+from kdsr.serving.telemetry import Telemetry
+
+access_log = logging.getLogger("kdsr.access")
+logger = logging.getLogger("kdsr.serving")
+
+SAFETY = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; style-src 'self' "
+    "'unsafe-inline'; script-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
+}
+"""On every answer; nothing of another host is ever loaded."""
+
+
+def request_id_of(request: Request) -> str:
+    """The id under which the log knows the request."""
+    return str(request.state.request_id)
+
+
+class Access:
+    """ASGI middleware: outermost, so that nothing leaves without it."""
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, *, tells_id: bool) -> None:
+        """`tells_id` unless whatever is around this application puts the id on answers itself."""
+        self._app, self._telemetry, self._tells_id = app, telemetry, tells_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and note what became of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await _Passage(scope, send, self._telemetry, self._tells_id).run(self._app, receive)
+
+
+class _Passage:
+    """One request on its way through."""
+
+    def __init__(self, scope: Scope, send: Send, telemetry: Telemetry, tells_id: bool) -> None:
+        self._scope, self._send, self._telemetry, self._tells_id = scope, send, telemetry, tells_id
+        self._began, self._status, self._num_bytes = time.perf_counter(), 0, 0
+        self._id = _id_of(scope)
+        scope.setdefault("state", {})["request_id"] = self._id
+
+    async def run(self, app: ASGIApp, receive: Receive) -> None:
+        try:
+            await app(self._scope, receive, self._sent)
+        except Exception:
+            logger.exception("request %s failed", self._id)
+            if self._status:
+                raise  # Half an answer is out: only breaking off tells the caller.
+            await self._fail()
+        finally:
+            self._note()
+
+    async def _sent(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            if self._tells_id:
+                headers["X-Request-Id"] = self._id
+            for name, value in SAFETY.items():
+                headers.setdefault(name, value)
+        elif message["type"] == "http.response.body":
+            self._num_bytes += len(message.get("body", b""))
+        await self._send(message)
+
+    async def _fail(self) -> None:
+        problem = Problem("internal", "an error on our side; it is in the log under this request's id")
+        body = json.dumps(problem.body(request_id=self._id)).encode()
+        headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
+        await self._sent({"type": "http.response.start", "status": problem.status, "headers": headers})
+        await self._sent({"type": "http.response.body", "body": body})
+
+    def _note(self) -> None:
+        seconds = time.perf_counter() - self._began
+        route = getattr(self._scope.get("route"), "path", "none")
+        # 499 is the usual word for a caller that left.
+        status = str(self._status or 499)
+        self._telemetry.count("kdsr_requests_total", route=route, status=status)
+        self._telemetry.observe("kdsr_request_seconds", seconds, route=route)
+        line = {
+            "request_id": self._id,
+            "caller": self._scope["state"].get("caller", "-"),
+            "client": (self._scope.get("client") or ("-",))[0],
+            "method": self._scope["method"],
+            "path": self._scope["path"][:200],
+            "status": int(status),
+            "bytes": self._num_bytes,
+            "seconds": round(seconds, 4),
+        }
+        access_log.info("%s", json.dumps(line))
+
+
+def _id_of(scope: Scope) -> str:
+    """The caller's own id when it is harmless, else a new one."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex

@@ -1,0 +1,406 @@
+"""The HTTP application. Everything behind it is a `Backend`: a cluster, or a process of its own for tests."""
+
+import asyncio
+import hashlib
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from kdsr import __version__, codecs
+from kdsr.codecs import ImageHeader
+from kdsr.config import KeyConfig, LimitsConfig, ServeConfig
+from kdsr.errors import DataError, ImageTooLarge
+from kdsr.serving import contract
+from kdsr.serving.access import Access, request_id_of
+from kdsr.serving.bodies import Body, read_body
+from kdsr.serving.contract import (
+    Call,
+    Description,
+    Options,
+    Refusal,
+    Result,
+    ServedModel,
+    ServedNetwork,
+    Wanted,
+)
+from kdsr.serving.docs_page import docs_page
+from kdsr.serving.keys import Caller, Keys, Quotas
+from kdsr.serving.openapi import UPSCALE, described
+from kdsr.serving.problems import MEDIA_TYPE, Problem
+from kdsr.serving.replays import Replays
+from kdsr.serving.telemetry import Telemetry
+
+logger = logging.getLogger("kdsr.serving")
+
+
+class Backend(Protocol):
+    """What the application asks of whoever holds the networks. Both raise Problem."""
+
+    async def describe(self) -> Description:
+        """What is served now."""
+
+    async def upscale(self, call: Call) -> Result | Refusal:
+        """The result, or why there is none. Being cancelled means that the caller left."""
+
+
+@dataclass
+class Entrance:
+    """What one process at the entrance knows and remembers."""
+
+    config: ServeConfig
+    backend: Backend
+    keys: Keys
+    quotas: Quotas
+    replays: Replays[tuple[Result, dict[str, str]]]
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    waiting_bytes: int = 0
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """Those of the configuration."""
+        return self.config.limits
+
+
+def build_app(
+    config: ServeConfig, backend: Backend, keys: Mapping[str, KeyConfig], *, tells_id: bool = True
+) -> FastAPI:
+    """The application in front of `backend` that lets in whoever has one of `keys`; everybody with none.
+
+    `tells_id` unless X-Request-Id is put on answers by what is around it.
+    """
+    limits = config.limits
+    entrance = Entrance(
+        config,
+        backend,
+        Keys(keys),
+        Quotas(share=1 / config.entrances),
+        Replays(max_bytes=limits.replay_bytes, seconds=limits.replay_seconds),
+    )
+    app = FastAPI(
+        title="kdsr",
+        version=__version__,
+        summary="Super-resolution of images.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+    )
+    app.state.entrance = entrance
+    app.add_exception_handler(HTTPException, _http_error)
+    add_routes(app, entrance)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                "Authorization",
+                "X-API-Key",
+                "Content-Type",
+                "Accept",
+                "Idempotency-Key",
+                "If-None-Match",
+            ],
+            expose_headers=[*EXPOSED, "Location"],
+        )
+    app.add_middleware(Access, telemetry=entrance.telemetry, tells_id=tells_id)
+    return app
+
+
+EXPOSED = (
+    *("ETag", "Kdsr-Model", "Kdsr-Network", "Kdsr-Scale", "Kdsr-Input-Size", "Kdsr-Output-Size"),
+    *("Kdsr-Queue-Ms", "Kdsr-Compute-Ms", "Kdsr-Batch-Size", "Retry-After", "Server-Timing", "X-Request-Id"),
+)
+"""Headers of answers that pages of other origins may read."""
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses by itself: an unknown path or method."""
+    assert isinstance(error, HTTPException)
+    kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
+    headers = dict(error.headers or {})
+    return problem_response(
+        request, Problem(kind, f"{request.method} {request.url.path[:80]}", headers=headers)
+    )
+
+
+def problem_response(request: Request, problem: Problem) -> Response:
+    """`problem` as JSON."""
+    return JSONResponse(
+        problem.body(request_id=request_id_of(request)),
+        problem.status,
+        headers=problem.all_headers(),
+        media_type=MEDIA_TYPE,
+    )
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def answering(handler: Handler) -> Handler:
+    """`handler`, with its problems as answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Problem as problem:
+            return problem_response(request, problem)
+
+    return answer
+
+
+def add_routes(app: FastAPI, entrance: Entrance) -> None:
+    """Paths and what they do."""
+
+    async def upscale(request: Request) -> Response:
+        caller = entrance.keys.caller(request.headers)
+        request.state.caller = caller.name
+        return await _upscale(request, entrance, caller)
+
+    async def models(request: Request) -> Response:
+        request.state.caller = entrance.keys.caller(request.headers).name
+        description = await entrance.backend.describe()
+        body = {"models": contract.cards(description.models), "failures": dict(description.failures)}
+        return JSONResponse(body | {"limits": public_limits(entrance.limits)})
+
+    async def healthz(_: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(_: Request) -> Response:
+        await entrance.backend.describe()
+        return PlainTextResponse("ready\n")
+
+    async def metrics(request: Request) -> Response:
+        request.state.caller = entrance.keys.caller(request.headers).name
+        return PlainTextResponse(
+            entrance.telemetry.text(await _gauges(entrance)), media_type="text/plain; version=0.0.4"
+        )
+
+    async def docs(_: Request) -> Response:
+        return HTMLResponse(docs_page(app.openapi()))
+
+    for path, methods, handler, documentation in (
+        ("/v1/upscale", ["POST"], upscale, UPSCALE),
+        ("/v1/models", ["GET"], models, described("models")),
+        ("/healthz", ["GET"], healthz, described("healthz")),
+        ("/readyz", ["GET"], readyz, described("readyz")),
+        ("/metrics", ["GET"], metrics, described("metrics")),
+    ):
+        app.add_api_route(path, answering(handler), methods=methods, response_model=None, **documentation)
+    app.add_api_route("/docs", answering(docs), methods=["GET"], include_in_schema=False, response_model=None)
+
+
+def public_limits(limits: LimitsConfig) -> dict[str, int]:
+    """What a client may want to know before it sends something."""
+    names = ("max_body_bytes", "max_pixels", "max_output_pixels", "max_frames")
+    return {name: getattr(limits, name) for name in names}
+
+
+async def _gauges(entrance: Entrance) -> dict[str, float]:
+    gauges = {"kdsr_entrance_waiting_bytes": float(entrance.waiting_bytes)}
+    try:
+        found = await entrance.backend.describe()
+    except Problem:
+        return gauges | {"kdsr_ready": 0.0}
+    return gauges | {
+        "kdsr_ready": 1.0,
+        "kdsr_waiting_tiles": float(found.waiting_tiles),
+        "kdsr_held_bytes": float(found.held_bytes),
+        "kdsr_model_failures": float(len(found.failures)),
+    }
+
+
+# ---------------------------------------------------------------- upscaling
+
+
+async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Response:
+    began = perf_counter()
+    # Before the body is read: a wrong option costs nobody an upload.
+    query = contract.read_options(_query(request))
+    description = await entrance.backend.describe()
+    description.model(query.model)
+    length = _announced(request, entrance.limits)
+    if entrance.waiting_bytes + length > entrance.limits.max_waiting_bytes:
+        raise Problem("busy", "too many bodies are on their way already; try again later", retry_after=1)
+    entrance.waiting_bytes += length
+    try:
+        body = await read_body(request, entrance.limits)
+        order = await _order(request, entrance, body, description)
+        return await _answer(request, entrance, caller, order, began)
+    finally:
+        entrance.waiting_bytes -= length
+
+
+def _query(request: Request) -> dict[str, str]:
+    pairs = request.query_params.multi_items()
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise Problem("invalid-option", f"{twice[:40]!r} is given twice")
+    return dict(pairs)
+
+
+def _announced(request: Request, limits: LimitsConfig) -> int:
+    """Bytes that the body has, or may have."""
+    length = request.headers.get("content-length", "")
+    most = limits.max_body_bytes * 4 // 3
+    return min(int(length[:18]), most) if length.isascii() and length.isdigit() else most
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a request comes to."""
+
+    data: bytes
+    header: ImageHeader
+    model: ServedModel
+    network: ServedNetwork
+    wanted: Wanted
+    pixels: int
+    etag: str
+
+
+async def _order(request: Request, entrance: Entrance, body: Body, description: Description) -> _Order:
+    """Everything that can be refused without decoding a pixel is refused here."""
+    options = contract.read_options(_query(request), body.fields)
+    model = description.model(options.model)
+    network = model.network_for(options.scale)
+    data = await _image(body)
+    header, digest = await asyncio.to_thread(_inspect, data)
+    accept = request.headers.get("accept", "*/*")
+    wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
+    pixels = contract.check_limits(header, network, wanted, entrance.limits)
+    return _Order(data, header, model, network, wanted, pixels, contract.etag_of(digest, network, wanted))
+
+
+async def _image(body: Body) -> bytes:
+    if body.image is not None:
+        return body.image
+    raise Problem("forbidden", "this server does not fetch URLs; send the image itself")
+
+
+def _inspect(data: bytes) -> tuple[ImageHeader, str]:
+    """Header and sha256. Raises Problem for what is no image that is read."""
+    try:
+        codecs.identify(data)
+    except DataError as error:
+        raise Problem("unsupported-media-type", str(error)) from None
+    try:
+        header = codecs.probe(data)
+    except ImageTooLarge as error:
+        raise Problem("image-too-large", str(error)) from None
+    except DataError as error:
+        raise Problem("invalid-image", str(error)) from None
+    return header, hashlib.sha256(data).hexdigest()
+
+
+async def _answer(
+    request: Request, entrance: Entrance, caller: Caller, order: _Order, began: float
+) -> Response:
+    headers = _headers(order)
+    if contract.matches(request.headers.get("if-none-match", ""), order.etag):
+        raise Problem("same-result", "If-None-Match names this result; nothing was done", headers=headers)
+    key = _idempotency_key(request, caller)
+    if key is not None and (kept := entrance.replays.begin(key, order.etag)) is not None:
+        return _image_response(kept[0], kept[1] | {"Idempotency-Replayed": "true"})
+    try:
+        result = await _result(request, entrance, caller, order, began)
+    except BaseException:
+        if key is not None:
+            entrance.replays.fail(key)
+        raise
+    headers |= _timing(result, order)
+    if key is not None:
+        entrance.replays.finish(key, (result, headers), len(result.data))
+    return _image_response(result, headers)
+
+
+async def _result(
+    request: Request, entrance: Entrance, caller: Caller, order: _Order, began: float
+) -> Result:
+    left = entrance.limits.timeout_seconds - (perf_counter() - began)
+    entrance.quotas.spend(caller, order.pixels)
+    call = Call(
+        order.data,
+        order.header,
+        order.model.name,
+        order.network.card.sha256,
+        order.wanted,
+        max(left, 0.0),
+        request_id_of(request),
+    )
+    answer: Result | Refusal | None = None
+    try:
+        async with asyncio.timeout(max(left, 0.0)):
+            answer = await entrance.backend.upscale(call)
+    except TimeoutError:
+        answer = Refusal("deadline", f"it took more than {entrance.limits.timeout_seconds:g} seconds", 5)
+    finally:
+        if not isinstance(answer, Result):
+            entrance.quotas.give_back(caller, order.pixels)
+    if isinstance(answer, Refusal):
+        raise answer.problem()
+    _count(entrance, order, answer)
+    return answer
+
+
+def _idempotency_key(request: Request, caller: Caller) -> tuple[str, str] | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not re.fullmatch(r"[\x21-\x7e]{1,128}", key):
+        raise Problem("bad-request", "Idempotency-Key: expected 1 to 128 visible ASCII characters")
+    return caller.name, key
+
+
+def _headers(order: _Order) -> dict[str, str]:
+    return {
+        "ETag": order.etag,
+        "Vary": "Accept, Authorization, X-API-Key",
+        "Cache-Control": "no-store",
+        "Kdsr-Model": order.model.name,
+        "Kdsr-Network": re.sub(r"[^\x21-\x7e]", "_", order.network.card.name)[:100],
+        "Kdsr-Input-Size": f"{order.header.width}x{order.header.height}",
+    }
+
+
+def _timing(result: Result, order: _Order) -> dict[str, str]:
+    milliseconds = {
+        "queue": result.queue_seconds * 1e3,
+        "decode": result.decode_seconds * 1e3,
+        "compute": result.compute_seconds * 1e3,
+        "encode": result.encode_seconds * 1e3,
+    }
+    return {
+        "Kdsr-Scale": f"{order.wanted.scale or order.network.scale:g}",
+        "Kdsr-Output-Size": f"{result.width}x{result.height}",
+        "Kdsr-Queue-Ms": f"{milliseconds['queue']:.1f}",
+        "Kdsr-Compute-Ms": f"{milliseconds['compute']:.1f}",
+        "Kdsr-Batch-Size": str(result.batch_size),
+        "Server-Timing": ", ".join(f"{name};dur={spent:.1f}" for name, spent in milliseconds.items()),
+    }
+
+
+def _image_response(result: Result, headers: Mapping[str, str]) -> Response:
+    return Response(result.data, media_type=contract.MEDIA_TYPES[result.format], headers=dict(headers))
+
+
+def _count(entrance: Entrance, order: _Order, result: Result) -> None:
+    telemetry, model = entrance.telemetry, order.model.name
+    telemetry.count("kdsr_output_pixels_total", result.height * result.width, model=model)
+    telemetry.count("kdsr_compute_seconds_total", result.compute_seconds, model=model)
+    telemetry.observe("kdsr_queue_seconds", result.queue_seconds, model=model)
+
+
+def options_schema() -> dict[str, Any]:
+    """The JSON schema of what a request may ask for."""
+    return Options.model_json_schema()

@@ -1,0 +1,188 @@
+"""The body of a request to the bytes of one image and its options, within limits of size and time."""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from kdsr.config import LimitsConfig
+from kdsr.serving.problems import Problem
+
+ROOM_FOR_FIELDS = 64 * 2**10
+"""Bytes of a form or a JSON object beside its image."""
+RAW_TYPES = ("application/octet-stream",)
+HINT = (
+    "send the image itself with Content-Type: image/..., a multipart/form-data field named file, or "
+    'application/json {"image": BASE64}'
+)
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a request brought."""
+
+    image: bytes | None
+    """None when `url` says where it is."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    url: str | None = None
+
+
+async def read_body(request: Request, limits: LimitsConfig) -> Body:
+    """The one image of a request and its fields. Raises Problem."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _multipart(request, limits)
+    if kind == "application/json":
+        most = (limits.max_body_bytes + 2) // 3 * 4 + ROOM_FOR_FIELDS
+        return await asyncio.to_thread(_json, await read_bytes(request, most, limits), limits.max_body_bytes)
+    if kind.startswith("image/") or kind in RAW_TYPES:
+        return Body(_not_empty(await read_bytes(request, limits.max_body_bytes, limits)))
+    raise Problem("unsupported-media-type", f"Content-Type {kind[:60] or 'is missing'!r}: {HINT}")
+
+
+async def read_bytes(request: Request, most: int, limits: LimitsConfig) -> bytes:
+    """The body, `most` bytes at most. Raises Problem 413 as soon as it is longer, 408 when it is slow."""
+    _check_length(request.headers, most)
+    received = bytearray()
+    async for chunk in timely(request.stream(), limits):
+        received += chunk
+        if len(received) > most:
+            raise _too_long(most)
+    return bytes(received)
+
+
+async def timely(chunks: AsyncIterator[bytes], limits: LimitsConfig) -> AsyncIterator[bytes]:
+    """The chunks of a body. Raises Problem 408 when it pauses or takes too long, 400 when it breaks off."""
+    end = asyncio.get_running_loop().time() + limits.body_seconds
+    while True:
+        left = end - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(min(left, limits.idle_seconds)):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Problem(
+                "slow-body",
+                f"the body must arrive within {limits.body_seconds:g} seconds and without pauses of "
+                f"more than {limits.idle_seconds:g}",
+                headers={"Connection": "close"},
+            ) from None
+        except ClientDisconnect:
+            raise Problem("bad-request", "the body broke off") from None
+        yield chunk
+
+
+def _check_length(headers: Mapping[str, str], most: int) -> None:
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:18]) > most:
+        raise _too_long(most)
+
+
+def _too_long(most: int) -> Problem:
+    return Problem(
+        "body-too-large", f"more than the {most} bytes that are taken in one request; send it to /v1/jobs"
+    )
+
+
+def _not_empty(data: bytes) -> bytes:
+    if not data:
+        raise Problem("bad-request", f"the body is empty; {HINT}")
+    return data
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _json(data: bytes, most: int) -> Body:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Problem("bad-request", "the body is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise Problem("bad-request", 'expected a JSON object, {"image": BASE64}')
+    fields = dict(content)
+    image, url = fields.pop("image", None), fields.pop("url", None)
+    if (image is None) == (url is None):
+        raise Problem("bad-request", 'expected either "image", in base64, or "url" in the JSON object')
+    if any(isinstance(value, dict | list) for value in fields.values()):
+        raise Problem("invalid-option", "options are texts and numbers")
+    if url is not None:
+        return Body(None, fields, url=_text(url, "url"))
+    return Body(_not_empty(_decoded(_text(image, "image"), most)), fields)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise Problem("bad-request", f'"{name}" must be a text')
+    return value
+
+
+def _decoded(text: str, most: int) -> bytes:
+    """Base64, of a data: URL too."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Problem("bad-request", '"image" is not valid base64') from None
+    if len(data) > most:
+        raise _too_long(most)
+    return data
+
+
+# ---------------------------------------------------------------- multipart
+
+
+class _InMemory(MultiPartParser):
+    """Nothing is written to a disk: the whole body is in memory and bounded already."""
+
+    spool_max_size = 2**62
+
+
+async def _multipart(request: Request, limits: LimitsConfig) -> Body:
+    data = await read_bytes(request, limits.max_body_bytes + ROOM_FOR_FIELDS, limits)
+    # In a thread, with a loop of its own: hostile bytes keep the parser busy for seconds.
+    return await asyncio.to_thread(asyncio.run, _parsed(data, request.headers["content-type"], limits))
+
+
+async def _parsed(data: bytes, content_type: str, limits: LimitsConfig) -> Body:
+    parser = _InMemory(
+        Headers({"content-type": content_type}),
+        _once(data),
+        max_files=1,
+        max_fields=20,
+        max_part_size=ROOM_FOR_FIELDS,
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError, LookupError, AssertionError) as error:
+        detail = getattr(error, "message", "") or "it is broken or cut off"
+        raise Problem("bad-request", f"the multipart body cannot be read: {detail}") from None
+    files = {name: value for name, value in form.multi_items() if isinstance(value, UploadFile)}
+    if set(files) != {"file"}:
+        found = ", ".join(repr(name[:40]) for name in files) or "none"
+        raise Problem("bad-request", f"expected one file in the field named file, found {found}")
+    image = _not_empty(await files["file"].read())
+    if len(image) > limits.max_body_bytes:
+        raise _too_long(limits.max_body_bytes)
+    return Body(image, _texts(form))
+
+
+def _texts(form: FormData) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, str) and texts.setdefault(name, value) != value:
+            raise Problem("invalid-option", f"{name[:40]!r} is given twice with different values")
+    return texts
+
+
+async def _once(data: bytes) -> AsyncGenerator[bytes, None]:
+    yield data

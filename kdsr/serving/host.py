@@ -1,0 +1,202 @@
+"""What a replica does: hold networks, and turn calls into results. Knows no HTTP and no Ray."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from kdsr.checkpoint import load_card, load_model
+from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
+from kdsr.encoded import HELD_FRAMES, Clock, EncodedUpscaler, StageFailed, goal_of
+from kdsr.engine import Engine
+from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
+from kdsr.serving.admission import Admission
+from kdsr.serving.contract import Call, Description, Refusal, Result, ServedModel, ServedNetwork
+from kdsr.serving.problems import Problem, is_expected, problem_of
+from kdsr.spec import Card
+from kdsr.turns import Claim
+from kdsr.upscale import ComputeThreads, Upscaler
+
+logger = logging.getLogger("kdsr.serving")
+
+MAX_CALLS = 64
+"""Images that a replica has in hand at once, at most; their threads mostly wait for tiles."""
+BYTES_PER_PIXEL = 4
+"""Red, green, blue and alpha, for 8 bits."""
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A network that is ready, and what is known of it."""
+
+    upscaler: Upscaler
+    served: ServedNetwork
+
+
+class ModelHost:
+    """Networks of all models in one process; their tiles share threads and take turns.
+
+    Safe to share between threads; `answer` is for one event loop.
+    """
+
+    def __init__(self, config: ServeConfig, *, num_threads: int, device: str = "cpu") -> None:
+        self._config, self._device = config, device
+        self._compute = ComputeThreads(1 if device != "cpu" else num_threads)
+        self._images = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="images")
+        self._admission = Admission(config.limits.queue_bytes)
+        self._models: tuple[ServedModel, ...] = ()
+        self._networks: dict[str, _Network] = {}
+        self._failures: dict[str, str] = {}
+
+    def load(self, table: ModelTable) -> Mapping[str, str]:
+        """Serve the models of `table`, all at once, and return why some are not what was asked for.
+
+        A network that is held already is kept. A model that cannot be loaded stays as it was before, and is
+        left out when there was none. Takes a second or more; calls go on meanwhile.
+        """
+        before = {model.name: model for model in self._models}
+        models, failures = [], {}
+        held = dict(self._networks)
+        for name, networks in table.items():
+            try:
+                models.append(self._load_model(name, networks, held))
+            except KdsrError as error:
+                logger.error("model %s is not replaced: %s", name, error)
+                failures[name] = str(error)
+                models += [before[name]] if name in before else []
+        wanted = {network.card.sha256 for model in models for network in model.networks}
+        self._networks = {sha256: held[sha256] for sha256 in held if sha256 in wanted}
+        self._models, self._failures = tuple(models), failures
+        return failures
+
+    def _load_model(
+        self, name: str, networks: Sequence[NetworkConfig], held: dict[str, _Network]
+    ) -> ServedModel:
+        served = []
+        for network in networks:
+            card = checked_card(network, self._config)
+            if card.sha256 not in held:
+                held[card.sha256] = self._load_network(network)
+            served.append(held[card.sha256].served)
+        return ServedModel(name, tuple(sorted(served, key=lambda network: network.scale)))
+
+    def _load_network(self, network: NetworkConfig) -> _Network:
+        loaded = load_model(network.uri, self._config.store)
+        require_digest(network, loaded.card)
+        precision: Precision = self._config.precision
+        engine = Engine(loaded.model, device=self._device, precision=precision)
+        upscaler = Upscaler(
+            engine,
+            tile_size=self._config.tile_size,
+            batch_size=self._config.batch_size,
+            compute=self._compute,
+        )
+        return _Network(upscaler, ServedNetwork(loaded.card, engine.precision, network.uri))
+
+    def describe(self) -> Description:
+        """What is served now."""
+        rate = self._admission.rate / BYTES_PER_PIXEL / 2
+        return Description(
+            self._models, dict(self._failures), self.waiting_tiles, self._admission.taken, rate
+        )
+
+    @property
+    def waiting_tiles(self) -> int:
+        """Tiles that wait for a thread."""
+        return len(self._compute.turns)
+
+    async def answer(self, call: Call) -> Result | Refusal:
+        """The result, or why there is none. Being cancelled means that the caller left."""
+        claim = Claim(deadline=time.monotonic() + call.seconds)
+        try:
+            network = self._network(call)
+            return await asyncio.wrap_future(self._begun(call, network, claim))
+        except asyncio.CancelledError:
+            claim.withdraw()
+            raise
+        except Exception as error:  # noqa: BLE001 whatever it is, it is the answer to this call alone
+            return _refusal(error, call)
+
+    def _begun(self, call: Call, network: _Network, claim: Claim) -> "Future[Result]":
+        """The call in a thread; what it costs is given back when the thread is done with it."""
+        cost = self._cost(call, network)
+        self._admission.enter(cost)
+        future = self._images.submit(self._upscale, call, network, claim)
+        future.add_done_callback(
+            lambda done: self._admission.leave(
+                cost, was_done=not done.cancelled() and done.exception() is None
+            )
+        )
+        return future
+
+    def _network(self, call: Call) -> _Network:
+        if call.network_sha256 not in self._networks:
+            raise Problem("loading", f"model {call.model} is being replaced; try again", retry_after=1)
+        return self._networks[call.network_sha256]
+
+    def _cost(self, call: Call, network: _Network) -> int:
+        """Bytes of the pictures that the call holds at most: the input, the network's output, the result."""
+        header, scale = call.header, network.served.scale
+        pixels = header.height * header.width * min(header.frames, HELD_FRAMES)
+        larger = max(scale, call.wanted.scale or 0) ** 2
+        return int(pixels * (1 + 2 * larger)) * BYTES_PER_PIXEL * header.bits // 8
+
+    def _upscale(self, call: Call, network: _Network, claim: Claim) -> Result:
+        """Runs in a thread of its own. Raises KdsrError and what is our fault."""
+        clock, began = Clock(), time.perf_counter()
+        try:
+            goal = goal_of(call.header, call.wanted, net_scale=network.served.scale)
+            upscaler = EncodedUpscaler(network.upscaler, call.wanted, claim)
+            data = upscaler.upscale(lambda: call.data, call.header, goal, clock)
+        except StageFailed as failure:
+            raise failure.cause from None
+        first = began if claim.began is None else claim.began
+        return Result(
+            data,
+            goal.format,
+            goal.height,
+            goal.width,
+            queue_seconds=max(0.0, first - began - clock.spent("decode")),
+            decode_seconds=clock.spent("decode"),
+            compute_seconds=claim.seconds,
+            encode_seconds=clock.spent("encode"),
+            batch_size=claim.largest_batch,
+        )
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._images.shutdown(wait=False, cancel_futures=True)
+        self._compute.shutdown(wait=False, cancel_futures=True)
+
+
+def _refusal(error: Exception, call: Call) -> Refusal:
+    if not is_expected(error):
+        logger.exception("request %s failed", call.request_id)
+    problem = problem_of(error)
+    return Refusal(problem.kind, problem.detail, problem.retry_after)
+
+
+def checked_card(network: NetworkConfig, config: ServeConfig) -> Card:
+    """What is known of a network before its weights are loaded. Raises KdsrError unless it is the one."""
+    card = load_card(network.uri, config.store)
+    require_digest(network, card)
+    return card
+
+
+def require_digest(network: NetworkConfig, card: Card) -> None:
+    """Raise CheckpointCorrupt unless the network is the one that the configuration names."""
+    if network.sha256 not in (None, card.sha256):
+        raise CheckpointCorrupt(
+            f"{network.uri}: expected sha256 {str(network.sha256)[:12]}, found {card.sha256[:12]}; correct "
+            f"models, or fetch it again"
+        )
+
+
+def check_table(config: ServeConfig) -> None:
+    """Raise KdsrError for a model that does not exist, or two networks of one scale in a model."""
+    for name, networks in config.models.items():
+        scales = [int(checked_card(network, config).spec.scale) for network in networks]
+        if len(set(scales)) < len(scales):
+            raise RequestError(f"models.{name}: expected one network for each scale, found scales {scales}")

@@ -1,0 +1,136 @@
+"""What /openapi.json says of each path beyond what FastAPI sees by itself."""
+
+from typing import Any
+
+from kdsr.serving.contract import MEDIA_TYPES, Options
+from kdsr.serving.problems import KINDS, MEDIA_TYPE
+
+SUMMARIES = {
+    "models": (
+        "The models that are served, with their cards and the limits of a request",
+        "application/json",
+    ),
+    "healthz": ("Whether this process lives", "text/plain"),
+    "readyz": ("Whether models are loaded and requests can be answered", "text/plain"),
+    "metrics": ("Numbers for Prometheus", "text/plain"),
+}
+
+PROBLEM_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "instance"],
+    "properties": {
+        "type": {"type": "string", "enum": [f"urn:kdsr:problem:{kind}" for kind in KINDS]},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "instance": {"type": "string"},
+    },
+}
+"""RFC 9457."""
+
+
+def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """The answers of these kinds, by status."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        status, title = KINDS[kind]
+        earlier = found.get(status, {}).get("description")
+        found[status] = {
+            "description": f"{earlier}; {title}" if earlier else title,
+            "content": {MEDIA_TYPE: {"schema": PROBLEM_SCHEMA}},
+        }
+        if status in (429, 503):
+            found[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
+    return found
+
+
+def described(name: str) -> dict[str, Any]:
+    """Arguments of a GET route."""
+    summary, media_type = SUMMARIES[name]
+    schema = {"type": "object"} if media_type == "application/json" else {"type": "string"}
+    refusals = {
+        "models": problems("unauthorized", "loading"),
+        "healthz": {},
+        "readyz": problems("loading"),
+        "metrics": problems("unauthorized"),
+    }[name]
+    answer = {200: {"description": "As it says", "content": {media_type: {"schema": schema}}}}
+    return {"name": name, "summary": summary, "responses": answer | refusals}
+
+
+def _parameters() -> list[dict[str, Any]]:
+    properties = Options.model_json_schema()["properties"]
+    query = [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": " ".join(schema.get("description", "").split()),
+            "schema": next(part for part in schema["anyOf"] if part.get("type") != "null"),
+        }
+        for name, schema in properties.items()
+    ]
+    headers = [
+        ("Accept", "Types of result that are welcome; the option format goes first."),
+        ("Idempotency-Key", "The same request under the same key is done once."),
+        ("If-None-Match", "ETags of results that are there already; the answer is 412 for those."),
+        ("X-Request-Id", "Goes into the log and comes back."),
+    ]
+    return query + [
+        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+        for name, text in headers
+        if name != "Accept"  # OpenAPI leaves it to the types of the answer.
+    ]
+
+
+def _body() -> dict[str, Any]:
+    options = Options.model_json_schema()["properties"]
+    image = {"type": "string", "format": "binary"}
+    return {
+        "required": True,
+        "content": {
+            "image/*": {"schema": image},
+            "application/octet-stream": {"schema": image},
+            "multipart/form-data": {
+                "schema": {"type": "object", "required": ["file"], "properties": {"file": image} | options}
+            },
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "image": {"type": "string", "contentEncoding": "base64"},
+                        "url": {"type": "string", "description": "Instead of image, where it is allowed"},
+                    }
+                    | options,
+                }
+            },
+        },
+    }
+
+
+UPSCALE: dict[str, Any] = {
+    "name": "upscale",
+    "summary": "Upscale one image; the answer is the image",
+    "openapi_extra": {"parameters": _parameters(), "requestBody": _body()},
+    "responses": {
+        200: {
+            "description": "The upscaled image",
+            "content": {
+                name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()
+            },
+        }
+    }
+    | problems(
+        *(
+            "bad-request",
+            "unauthorized",
+            "forbidden",
+            "not-acceptable",
+            "slow-body",
+            "conflict",
+            "same-result",
+        ),
+        *("body-too-large", "image-too-large", "unsupported-media-type", "invalid-option", "invalid-image"),
+        *("reused-key", "busy", "quota", "loading", "worker-lost", "deadline"),
+    ),
+}
