@@ -8,12 +8,11 @@ import ray
 import ray.train
 import torch
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, LoggingConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
-from cluster import session
+from cluster import leaving, session
 from cluster.metrics import RunMetrics
 from kdsr import provenance
 from kdsr.config import DistillConfig, TeacherTrainingConfig
@@ -31,9 +30,11 @@ def run(config: RunConfig) -> Card:
     """Train until done and return the card of the exported model. A finished run returns at once.
 
     Raises RequestError for what can never work, before any worker starts, and the worker's own KdsrError
-    when the run itself is at fault; only lost workers are replaced, `cluster.max_failures` times. Between
+    when the run itself is at fault; only lost workers are replaced, `cluster.max_failures` times. Workers
+    that were told to leave, because their node is taken away, count for nothing. Between
     the two numbers of `cluster.num_workers` Ray takes as many workers as there is room for, looks again from
-    time to time, and then begins with all of them at the last checkpoint.
+    time to time, and then begins with all of them at the last checkpoint. SIGTERM lets the workers save and
+    leave, and ends in a KdsrError that says where.
     """
     check(config)
     if (card := exported_card(config)) is not None:
@@ -41,26 +42,59 @@ def run(config: RunConfig) -> Card:
     # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
     session.connect(config.cluster, dashboard=True)
     session.require_capacity(config.cluster, num_workers=config.cluster.least_workers)
-    for attempt in range(config.cluster.max_failures + 1):
+    with leaving.heard_by_workers() as stop:
+        return _train_until_done(config, stop)
+
+
+def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
+    """Start workers as often as it takes."""
+    failures = 0
+    while (card := exported_card(config)) is None:
+        begun_at = saved_step(config)
         try:
-            _trainer(config).fit()
-            break
-        except WorkerGroupError as error:
-            own = next((e for e in error.worker_failures.values() if isinstance(_cause(e), KdsrError)), None)
-            if own is not None:
-                raise _cause(own) from None
-            if attempt == config.cluster.max_failures:
+            _trainer(config, stop.key).fit()
+        except TrainingFailedError as error:
+            if (own := _own_error(error)) is not None:
+                raise own from None
+            failures += 1
+            if failures > config.cluster.max_failures and not stop.is_told():
                 raise KdsrError(
-                    f"training stopped after {attempt + 1} starts: {session.last_line(error)}; the same "
+                    f"training stopped after {failures} starts: {session.last_line(error)}; the same "
                     f"command goes on from the last checkpoint"
                 ) from error
             print(f"lost workers ({error}); going on from the last checkpoint", file=sys.stderr)
-    card = exported_card(config)
-    assert card is not None
+        except KeyboardInterrupt:
+            if not stop.is_told():
+                raise
+        else:
+            _require_progress(config, since=begun_at)
+        if stop.is_told() and exported_card(config) is None:
+            raise KdsrError(
+                f"told to stop: run {config.name} is saved at step {saved_step(config)} of "
+                f"{config.num_steps}; the same command goes on from there"
+            )
     return card
 
 
-def _trainer(config: RunConfig) -> TorchTrainer:
+def _own_error(error: TrainingFailedError) -> KdsrError | None:
+    """What a worker raised on purpose, which another try would only raise again."""
+    causes = map(_cause, getattr(error, "worker_failures", {}).values())
+    return next((cause for cause in causes if isinstance(cause, KdsrError)), None)
+
+
+def _require_progress(config: RunConfig, *, since: int) -> None:
+    """Workers that leave have taken a step; say so, because new ones may have to wait for a machine."""
+    if exported_card(config) is not None:
+        return
+    reached = saved_step(config)
+    if reached <= since:
+        raise KdsrError(
+            f"the workers of run {config.name} left at step {since} without taking a step; see their logs"
+        )
+    print(f"workers were told to leave and saved step {reached}; going on with what is left", file=sys.stderr)
+
+
+def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:
     cluster = config.cluster
     resources: dict[str, float] = {"CPU": session.worker_cpus(cluster)}
     if cluster.use_gpu:
@@ -73,11 +107,12 @@ def _trainer(config: RunConfig) -> TorchTrainer:
             "config": config.model_dump(mode="json"),
             "command": provenance.command(),
             "num_threads": session.worker_threads(cluster),
+            "stop_key": stop_key,
         },
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=leaving.ListeningTorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         # Checkpoints go to our own store; Ray only wants a place that all nodes see.
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],
@@ -94,12 +129,16 @@ def _work(arguments: dict[str, Any]) -> None:
     config = KINDS[arguments["kind"]].model_validate(arguments["config"])
     context = ray.train.get_context()
     torch.set_num_threads(min(arguments["num_threads"], session.cores()))
+    rank, world_size, device = context.get_world_rank(), context.get_world_size(), get_device()
+    team = leaving.Team(rank=rank, world_size=world_size, device=device, stop_key=arguments["stop_key"])
     worker = Worker(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=get_device(),
+        rank=rank,
+        world_size=world_size,
+        device=device,
         wrap=_data_parallel,
         command=arguments["command"],
+        total=team.total,
+        is_told_to_leave=team.is_told_to_leave,
     )
     done = saved_step(config)
     # Only the steps of this start are on the bar: those of an earlier one would make its rate and ETA lie.

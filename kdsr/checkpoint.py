@@ -3,9 +3,10 @@
 A model directory is `model.safetensors` and, written after it, `card.json`. Nothing is ever unpickled.
 """
 
+import copy
 import hashlib
 import io
-import json
+import logging
 import pickle  # for the name of an error only
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from kdsr.errors import CheckpointCorrupt, KeyNotFound, RequestError, UnknownMod
 from kdsr.models import SrModel, build_model, num_parameters
 from kdsr.models.imported import read_checkpoint, read_vgg
 from kdsr.models.vgg import Vgg
-from kdsr.spec import Card, ImportedSpec
+from kdsr.spec import Card, Frozen, ImportedSpec
 from kdsr.store import Store, open_object, open_store
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_KEY, CARD_KEY = "model.safetensors", "card.json"
 BUNDLED = Path(__file__).parent / "weights"
@@ -153,60 +156,127 @@ def _get_checked(store: Store, key: str, *, sha256: str) -> bytes:
 # ---------------------------------------------------------------- training states
 
 
-@dataclass(frozen=True)
+POINTERS = ("latest", "previous", "best")
+"""Names of states, in the order in which a run that goes on tries them."""
+
+
+class Entry(Frozen):
+    """What a pointer says of the state that it names."""
+
+    step: int
+    key: str
+    sha256: str
+
+
+@dataclass
 class StateStore:
-    """Training states of one run: `checkpoints/STEP.pt`, and two pointers written after them."""
+    """Training states of one run: `checkpoints/STEP-SHA.pt`, and small pointers that are written after them.
+
+    `latest` is the last state, `previous` the one before it, which is there for when the last one is damaged,
+    and `best` the one that did best. What no pointer names is deleted. A state is never written over another:
+    its key has its sha256.
+    """
 
     store: Store
+    sound: Entry | None = None
+    """The state that was read or written last by this object, which a next one becomes the successor of."""
 
     def save(self, state: dict[str, Any], *, step: int, pointers: Sequence[str]) -> int:
-        """Write `state` and let `pointers` ("latest", "best") name it; what no pointer names is deleted.
+        """Write `state` and let `pointers` ("latest", "best") name it, in their order; returns its bytes.
 
-        Returns its bytes.
+        Cut off anywhere, it leaves what was there before, or the new state.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        key = f"checkpoints/{step:09}.pt"
-        self.store.put(key, data)
-        entry = {"step": step, "key": key, "sha256": _digest(data)}
+        digest = _digest(data)
+        entry = Entry(step=step, key=f"checkpoints/{step:09}-{digest[:12]}.pt", sha256=digest)
+        self.store.put(entry.key, data)
+        before = self.sound or self._entry("latest")
+        if before is not None and before != entry:
+            self._point("previous", before)
         for pointer in pointers:
-            self.store.put(f"checkpoints/{pointer}.json", json.dumps(entry).encode())
+            self._point(pointer, entry)
+        self.sound = entry
         self._delete_unnamed()
         return len(data)
 
-    def load(self, pointer: str) -> dict[str, Any] | None:
-        """The state that `pointer` names, or None when the run has none yet."""
+    def load(self, *pointers: str) -> dict[str, Any] | None:
+        """The first of the states that `pointers` name that is as it was written; None when they name none.
+
+        Says which ones were not. Raises CheckpointCorrupt when all of them are damaged.
+        """
+        damaged: list[str] = []
+        for pointer in pointers:
+            try:
+                if (entry := self._entry(pointer)) is None:
+                    continue
+                state = self._read(entry)
+            except CheckpointCorrupt as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                log.warning("%s. Taken instead: %s of step %d", "; ".join(damaged), entry.key, entry.step)
+            self.sound = entry
+            return state
+        if damaged:
+            raise CheckpointCorrupt(
+                f"{'; '.join(dict.fromkeys(damaged))}. No checkpoint is left to go on from: put one back, or "
+                f"delete {self.store.uri} to begin again"
+            )
+        return None
+
+    def step(self, pointer: str) -> int | None:
+        """The step that `pointer` names. Raises CheckpointCorrupt for a pointer that cannot be read."""
         entry = self._entry(pointer)
-        if entry is None:
-            return None
-        data = _get_checked(self.store, entry["key"], sha256=entry["sha256"])
+        return None if entry is None else entry.step
+
+    def _read(self, entry: Entry) -> dict[str, Any]:
+        data = _get_checked(self.store, entry.key, sha256=entry.sha256)
         try:
             state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError):
             raise CheckpointCorrupt(
-                f"{self.store.uri}/{entry['key']}: not a training state of plain tensors; delete the run and "
-                f"train it again"
+                f"{self.store.uri}/{entry.key}: not a training state of plain tensors"
             ) from None
         return state
 
-    def step(self, pointer: str) -> int | None:
-        """The step that `pointer` names."""
-        entry = self._entry(pointer)
-        return None if entry is None else int(entry["step"])
+    def _point(self, pointer: str, entry: Entry) -> None:
+        self.store.put(f"checkpoints/{pointer}.json", entry.model_dump_json().encode())
 
-    def _entry(self, pointer: str) -> dict[str, Any] | None:
+    def _entry(self, pointer: str) -> Entry | None:
+        key = f"checkpoints/{pointer}.json"
         try:
-            entry: dict[str, Any] = json.loads(self.store.get(f"checkpoints/{pointer}.json"))
+            return Entry.model_validate_json(self.store.get(key))
         except KeyNotFound:
             return None
-        return entry
+        except ValidationError:
+            raise CheckpointCorrupt(f"{self.store.uri}/{key} names no state: it was damaged") from None
 
     def _delete_unnamed(self) -> None:
-        named = {entry["key"] for pointer in ("latest", "best") if (entry := self._entry(pointer))}
+        try:
+            named = {entry.key for pointer in POINTERS if (entry := self._entry(pointer))}
+        except CheckpointCorrupt as error:
+            log.warning("%s; old states stay", error)
+            return
         for info in self.store.list("checkpoints/"):
             if info.key.endswith(".pt") and info.key not in named:
                 self.store.delete(info.key)
+
+
+def copied(state: Any) -> Any:
+    """`state` with its tensors copied into memory, so that training may go on while it is written."""
+    match state:
+        case torch.Tensor():
+            return state.detach().to("cpu", copy=True)
+        case dict():
+            twin = copy.copy(state)  # with what torch hangs on its dicts
+            twin.update({name: copied(value) for name, value in state.items()})
+            return twin
+        case list() | tuple():
+            return type(state)(copied(value) for value in state)
+        case _:
+            return state
 
 
 # ---------------------------------------------------------------- teachers

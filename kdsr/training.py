@@ -9,8 +9,8 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,8 +21,11 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from kdsr import provenance, shards
+from kdsr.background import Background
 from kdsr.checkpoint import (
+    POINTERS,
     StateStore,
+    copied,
     is_imported,
     load_card,
     load_judge,
@@ -39,7 +42,7 @@ from kdsr.config import (
 )
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
-from kdsr.errors import DataError, KdsrError, KeyNotFound, RequestError
+from kdsr.errors import CheckpointCorrupt, DataError, KdsrError, KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
 from kdsr.models import (
     build_model,
@@ -121,6 +124,10 @@ class Worker:
     """Makes the network data-parallel."""
     command: str = field(default_factory=provenance.command)
     """What a person typed to start the run, for the model card."""
+    total: Callable[[list[float]], list[float]] = lambda values: values
+    """Sums over all workers, each of which gives as many numbers; called after each step."""
+    is_told_to_leave: Callable[[], bool] = lambda: False
+    """Whether somebody wants this worker's place; then all of them save once and leave."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +181,13 @@ def check(config: RunConfig) -> Inputs:
 
 
 def saved_step(config: RunConfig) -> int:
-    """The step that a start of this run goes on from."""
-    return StateStore(run_store(config)).step("latest") or 0
+    """The step that a start of this run goes on from, when what was saved there is whole."""
+    states = StateStore(run_store(config))
+    for pointer in POINTERS:
+        with contextlib.suppress(CheckpointCorrupt):
+            if (step := states.step(pointer)) is not None:
+                return step
+    return 0
 
 
 def logged(config: RunConfig) -> list[dict[str, float]]:
@@ -208,26 +220,32 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     """Run, or go on with, the training that `config` asks for; only rank 0 yields where it validates.
 
     Rank 0 writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`
-    under the run's name. Raises NonFiniteLoss with the last good checkpoint kept.
+    under the run's name, all but the model beside the steps. A worker that is told to leave ends the run of
+    all of them after its step, with a checkpoint and before `num_steps`. Raises NonFiniteLoss with the last
+    good checkpoint kept, and CheckpointCorrupt when there are checkpoints and all of them are damaged.
     """
     inputs = check(config)
     state, objective = _begin(config, inputs, worker)
     states, history = StateStore(run_store(config)), History(run_store(config), _tracker(config, worker))
-    if (latest := states.load("latest")) is not None:
-        state.load_state_dict(latest)
+    unlogged: list[StepReport] = []
+    if (saved := states.load(*POINTERS)) is not None:
+        state.load_state_dict(saved)
+        unlogged = [StepReport(**report) for report in saved.get("unlogged", [])]
     history.resume(state.step)
     if worker.rank == 0:
         run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
     reports = _fit(config, state, objective, _pairs(config, inputs, state.cursor, worker), worker)
     validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
+    saver = _Saver(states, history)
     try:
-        yield from _consume(config, worker, state, reports, states, history, validate)
+        yield from _consume(config, worker, state, reports, unlogged, saver, validate)
     except KdsrError:
         history.end("FAILED")
         raise
     finally:
+        saver.close()
         history.close()
-    if worker.rank == 0:
+    if worker.rank == 0 and state.step == config.num_steps:
         _export(config, inputs, worker, states, history)
         history.end("FINISHED")
 
@@ -250,39 +268,78 @@ def _consume(
     worker: Worker,
     state: TrainState,
     reports: Iterator[StepReport],
-    states: StateStore,
-    history: "History",
+    unlogged: list[StepReport],
+    saver: "_Saver",
     validate: Callable[[TrainState], dict[str, float]] | None,
 ) -> Iterator[Progress]:
-    """Log, validate and save at the steps that `config` names, and at the last."""
-    recent: list[StepReport] = []
+    """Log, validate and save at the steps that `config` names, at the last, and where workers leave."""
+    history = saver.history
     saves: list[Save] = []
-    for report in reports:
-        recent.append(report)
+    for own in reports:
+        report, leaves = _of_all_workers(own, worker, config.batch_size)
+        unlogged.append(report)
         last = report.step == config.num_steps
         metrics: dict[str, float] = {}
         if last or report.step % config.log_every_steps == 0:
-            metrics = _summarise(recent, config.batch_size)
-            recent = []
+            metrics = _summarise(unlogged, config.batch_size)
+            unlogged.clear()
         if validate and (last or report.step % config.validate_every_steps == 0):
             metrics |= validate(state)
         if metrics and worker.rank == 0:
             history.add(report.step, metrics)
-        is_best = "heldout_psnr_y" in metrics and history.best_step() == report.step
-        if worker.rank == 0 and (last or is_best or report.step % config.save_every_steps == 0):
-            history.save()
+        is_best = HELD_OUT in metrics and history.best_step() == report.step
+        if worker.rank == 0 and (last or leaves or is_best or report.step % config.save_every_steps == 0):
             # `latest` goes last: a run that is killed between the two finds its best step again.
-            pointers = ("best", "latest") if is_best else ("latest",)
-            saves.append(_save(states, state, pointers))
-        if metrics:
+            saver.start(state, unlogged, ("best", "latest") if is_best else ("latest",))
+        saves += saver.finish() if last or leaves else saver.done()
+        if metrics or leaves:
             yield Progress(report.step, metrics, tuple(saves))
             saves = []
+        if leaves:
+            return
 
 
-def _save(states: StateStore, state: TrainState, pointers: Sequence[str]) -> Save:
-    began = time.perf_counter()
-    num_bytes = states.save(state.state_dict(), step=state.step, pointers=pointers)
-    return Save(time.perf_counter() - began, num_bytes)
+def _of_all_workers(report: StepReport, worker: Worker, batch_size: int) -> tuple[StepReport, bool]:
+    """The step with the losses of the whole batch, and whether any worker was told to leave."""
+    share = report.num_patches / batch_size
+    names = sorted(report.losses)
+    leaves, *losses = worker.total(
+        [float(worker.is_told_to_leave()), *(report.losses[name] * share for name in names)]
+    )
+    return replace(report, losses=dict(zip(names, losses, strict=True))), leaves > 0
+
+
+class _Saver:
+    """Writes history and checkpoints of a run while it goes on, one after the other."""
+
+    def __init__(self, states: StateStore, history: "History") -> None:
+        self.history = history
+        self._states = states
+        self._background = Background[Save]()
+
+    def start(self, state: TrainState, unlogged: Sequence[StepReport], pointers: Sequence[str]) -> None:
+        """Save `state` as it is now. Waits for the save before, and raises its StoreError."""
+        whole = copied(state.state_dict()) | {"unlogged": [asdict(report) for report in unlogged]}
+        put_history = self.history.as_it_is()
+        self._background.start(partial(self._save, whole, put_history, pointers))
+
+    def _save(self, state: dict[str, Any], put_history: Callable[[], None], pointers: Sequence[str]) -> Save:
+        began = time.perf_counter()
+        put_history()
+        num_bytes = self._states.save(state, step=state["step"], pointers=pointers)
+        return Save(time.perf_counter() - began, num_bytes)
+
+    def done(self) -> list[Save]:
+        """Saves that were finished since. Raises StoreError when one could not be."""
+        return self._background.results()
+
+    def finish(self) -> list[Save]:
+        """The same, with the one that is under way."""
+        return self._background.finish()
+
+    def close(self) -> None:
+        """Let the one that is under way come to its end."""
+        self._background.close()
 
 
 def _summarise(reports: Sequence[StepReport], batch_size: int) -> dict[str, float]:
@@ -712,13 +769,19 @@ class History:
         if self.tracker is not None:
             self.tracker.finish(status)
 
-    def save(self) -> None:
-        """Put all of it into the store."""
-        self.store.put("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+    def as_it_is(self) -> Callable[[], None]:
+        """What puts all of it, as it is now, into the store."""
         if self._writer is not None:
             self._writer.flush()
+        files = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.rows).encode()}
         for path in sorted(Path(self._folder.name).iterdir()):
-            self.store.put_file(f"tensorboard/{path.name}", path)
+            files[f"tensorboard/{path.name}"] = path.read_bytes()
+
+        def put() -> None:
+            for key, data in files.items():
+                self.store.put(key, data)
+
+        return put
 
     def close(self) -> None:
         """Remove the local copy of the events."""
@@ -747,9 +810,11 @@ def _tracker(config: RunConfig, worker: Worker) -> MlflowRun | None:
 
 
 def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStore, history: History) -> Card:
-    """Write `model/`: the EMA weights of the best checkpoint, or of the last one without validation."""
-    best = states.load("best")
-    chosen = best or states.load("latest")
+    """Write `model/`: the EMA weights of the best checkpoint, or of the last one without validation.
+
+    The last one is also taken, with a warning, where the best one was damaged.
+    """
+    chosen = states.load("best", "latest", "previous")
     assert chosen is not None
     model = build_model(config.model)
     model.load_state_dict(chosen["ema"])

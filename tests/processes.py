@@ -27,7 +27,7 @@ def _work(rank: int, world_size: int, meeting: str, config: RunConfig) -> None:
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=PATIENCE
     )
     try:
-        list(train(config, Worker(rank, world_size, wrap=_data_parallel)))
+        list(train(config, Worker(rank, world_size, wrap=_data_parallel, total=_total)))
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
@@ -35,3 +35,10 @@ def _work(rank: int, world_size: int, meeting: str, config: RunConfig) -> None:
 
 def _data_parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def _total(values: list[float]) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(tensor)
+    sums: list[float] = tensor.tolist()
+    return sums

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from safetensors.torch import load as load_safetensors
 
 from kdsr import checkpoint
 from kdsr.checkpoint import (
+    POINTERS,
     StateStore,
     bundled_names,
+    copied,
     is_imported,
     load_card,
     load_model,
@@ -22,6 +26,7 @@ from kdsr.errors import CheckpointCorrupt, RequestError, StoreError, UnknownMode
 from kdsr.models import MODELS, build_model, fold, num_parameters
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, ImportedSpec, RepChainSpec, TeacherRef
 from kdsr.store import open_store
+from tests.dying import Dying
 from tests.small_networks import SMALL
 
 SPECS = [kind(scale=2, **SMALL[kind.model_fields["kind"].default]) for kind in MODELS]
@@ -217,54 +222,132 @@ def state_of(step):
 
 
 def kept(states):
-    return sorted(info.key for info in states.store.list("checkpoints/"))
+    """Steps of the states in the store, and the pointers."""
+    keys = [info.key.removeprefix("checkpoints/") for info in states.store.list("checkpoints/")]
+    steps = sorted(int(key[:9]) for key in keys if key.endswith(".pt"))
+    return steps, sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
+
+
+def key_of(states, pointer):
+    return json.loads(states.store.get(f"checkpoints/{pointer}.json"))["key"]
+
+
+def damage(states, pointer, change="flipped"):
+    key = key_of(states, pointer)
+    data = bytearray(states.store.get(key))
+    data[len(data) // 2] ^= 1
+    match change:
+        case "flipped":
+            states.store.put(key, bytes(data))
+        case "short":
+            states.store.put(key, bytes(data[:-10]))
+        case "gone":
+            states.store.delete(key)
+        case "pointer":
+            states.store.put(f"checkpoints/{pointer}.json", b"{")
 
 
 def test_a_run_without_a_state_has_none(states):
-    assert states.load("latest") is None and states.step("latest") is None
+    assert states.load(*POINTERS) is None and states.step("latest") is None
 
 
-def test_only_the_latest_and_the_best_state_are_kept(states):
+def test_only_the_last_two_and_the_best_state_are_kept(states):
     states.save(state_of(1), step=1, pointers=("latest",))
+    assert kept(states) == ([1], ["latest"])
     states.save(state_of(2), step=2, pointers=("best", "latest"))
-    for step in (3, 4):
+    for step in (3, 4, 5):
         states.save(state_of(step), step=step, pointers=("latest",))
-    pointers = ["checkpoints/best.json", "checkpoints/latest.json"]
-    assert kept(states) == sorted(["checkpoints/000000002.pt", "checkpoints/000000004.pt", *pointers])
-    assert (states.step("best"), states.step("latest")) == (2, 4)
+    assert kept(states) == ([2, 4, 5], ["best", "latest", "previous"])
+    assert [states.step(pointer) for pointer in POINTERS] == [5, 4, 2]
     assert torch.equal(states.load("best")["model"]["w"], torch.full((3,), 2.0))
-    assert states.load("latest")["cursor"] == [4]
-    states.save(state_of(5), step=5, pointers=("best", "latest"))
-    assert kept(states) == sorted(["checkpoints/000000005.pt", *pointers])
+    assert states.load("latest")["cursor"] == [5]
+    states.save(state_of(6), step=6, pointers=("best", "latest"))
+    assert kept(states) == ([5, 6], ["best", "latest", "previous"])
 
 
-@pytest.mark.parametrize("breaks_at", [".pt", "latest.json"])
-def test_a_crash_between_state_and_pointer_leaves_the_state_before(states, breaks_at):
-    states.save(state_of(1), step=1, pointers=("latest",))
-    broken = StateStore(Breaking(states.store, lambda key: key.endswith(breaks_at)))
-    with pytest.raises(StoreError):
-        broken.save(state_of(2), step=2, pointers=("latest",))
-    assert states.step("latest") == states.load("latest")["step"] == 1
-    states.save(state_of(3), step=3, pointers=("latest",))
-    assert kept(states) == ["checkpoints/000000003.pt", "checkpoints/latest.json"]
+def test_states_of_the_time_before_there_was_a_previous_one_are_known(states):
+    buffer = io.BytesIO()
+    torch.save(state_of(7), buffer)
+    states.store.put("checkpoints/000000007.pt", buffer.getvalue())
+    entry = {"step": 7, "key": "checkpoints/000000007.pt", "sha256": checkpoint._digest(buffer.getvalue())}
+    states.store.put("checkpoints/latest.json", json.dumps(entry).encode())
+    assert states.load(*POINTERS)["step"] == 7
+    states.save(state_of(8), step=8, pointers=("latest",))
+    assert kept(states) == ([7, 8], ["latest", "previous"])
 
 
-@pytest.mark.parametrize("change", ["flipped", "short"])
-def test_a_state_that_changed_is_refused(states, change):
-    states.save(state_of(1), step=1, pointers=("latest",))
-    key = "checkpoints/000000001.pt"
-    data = bytearray(states.store.get(key))
-    data[len(data) // 2] ^= 1
-    states.store.put(key, bytes(data) if change == "flipped" else bytes(data[:-10]))
-    with pytest.raises(CheckpointCorrupt, match=r"000000001\.pt: expected sha256"):
-        states.load("latest")
+def test_wherever_saving_is_cut_the_state_before_or_the_new_one_is_there(states):
+    """A process that dies at its first, second, ... write or deletion, and goes on as another one."""
+    last, writes = 1, 0
+    states.save(state_of(1), step=1, pointers=("best", "latest"))
+    for step in range(2, 40):
+        dying = Dying(states.store, after=writes)
+        done = False
+        with suppress(StoreError):
+            StateStore(dying).save(state_of(step), step=step, pointers=("best", "latest")[step % 2 :])
+            done = True
+        found = StateStore(states.store).load(*POINTERS)["step"]
+        assert found == step if done else found in {last, step}
+        assert StateStore(states.store).load("best") is not None
+        last, writes = found, 0 if done else writes + 1
+        if done:
+            assert set(kept(states)[0]) >= {step, last}
+    assert last > 10
 
 
-def test_a_state_that_is_gone_is_refused(states):
-    states.save(state_of(1), step=1, pointers=("latest",))
-    states.store.delete("checkpoints/000000001.pt")
-    with pytest.raises(CheckpointCorrupt, match=r"000000001\.pt is not there"):
-        states.load("latest")
+@pytest.mark.parametrize("change", ["flipped", "short", "gone", "pointer"])
+def test_for_a_damaged_state_the_one_before_is_taken_and_it_is_said(states, caplog, change):
+    for step in (1, 2, 3):
+        states.save(state_of(step), step=step, pointers=("latest",))
+    before = key_of(states, "previous")
+    damage(states, "latest", change)
+    resumed = StateStore(states.store)
+    assert resumed.load(*POINTERS)["step"] == 2
+    (warning,) = caplog.messages
+    what = {
+        "flipped": r"000000003-\w+\.pt: expected sha256 \w+, found \w+",
+        "short": r"000000003-\w+\.pt: expected sha256 \w+, found \w+",
+        "gone": r"000000003-\w+\.pt is not there",
+        "pointer": r"latest\.json names no state",
+    }[change]
+    assert re.search(rf"{what}.*Taken instead: {before} of step 2$", warning)
+    # The damaged one is not what a next one may fall back on.
+    resumed.save(state_of(3), step=3, pointers=("latest",))
+    assert [resumed.step(pointer) for pointer in ("latest", "previous")] == [3, 2]
+    damage(states, "latest")
+    assert StateStore(states.store).load(*POINTERS)["step"] == 2
+
+
+def test_with_both_last_states_damaged_the_best_one_is_taken(states):
+    for step, pointers in ((1, ("best", "latest")), (2, ("latest",)), (3, ("latest",))):
+        states.save(state_of(step), step=step, pointers=pointers)
+    damage(states, "latest")
+    damage(states, "previous", "gone")
+    assert StateStore(states.store).load(*POINTERS)["step"] == 1
+
+
+def test_a_run_whose_states_are_all_damaged_never_begins_again_by_itself(states):
+    for step, pointers in ((1, ("best", "latest")), (2, ("latest",)), (3, ("latest",))):
+        states.save(state_of(step), step=step, pointers=pointers)
+    for pointer, change in (("latest", "flipped"), ("previous", "gone"), ("best", "short")):
+        damage(states, pointer, change)
+    with pytest.raises(CheckpointCorrupt, match=r"000000003-.*000000002-.*000000001-.*No checkpoint is left"):
+        StateStore(states.store).load(*POINTERS)
+
+
+def test_a_state_is_copied_with_all_that_it_is_made_of():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters())
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "cursor": [3], "step": 3}
+    twin = copied(state)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert twin["model"]["0.weight"].abs().sum() > 0
+    assert twin["model"]._metadata == state["model"]._metadata
+    assert twin["model"]["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert twin["optimizer"] == state["optimizer"] and twin["cursor"] == [3]
+    assert twin["optimizer"]["param_groups"][0] is not state["optimizer"]["param_groups"][0]
 
 
 class Payload:

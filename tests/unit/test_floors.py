@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec uris terms space config cli provenance",
-    "image codecs tiles store shards lanes photos naming turns manifest progress tracking measures "
-    "duplicates check",
+    "background image codecs tiles store lease shards lanes photos naming turns manifest progress tracking "
+    "measures duplicates check",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation observe label upscale resize windows encoded objects forecast evaluate report "
     "plots serving "

@@ -1,5 +1,7 @@
 """A run takes the same steps on any number of workers, and in whatever parts its batches pass."""
 
+import json
+
 import pytest
 import torch
 
@@ -63,6 +65,13 @@ def learned(output):
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
+def logged_losses(output):
+    """What the history says of the last steps: the mean over all workers."""
+    lines = open_store(f"file://{output}/run").get("metrics.jsonl").decode().splitlines()
+    (row,) = map(json.loads, lines)
+    return [row[name] for name in ("loss", "pixel_l1", "output_l1", "features_l1") if name in row]
+
+
 def furthest(ours, theirs):
     assert ours.keys() == theirs.keys() and len(ours) > 8
     return max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
@@ -70,10 +79,10 @@ def furthest(ours, theirs):
 
 @pytest.fixture(scope="module")
 def alone(places, tmp_path_factory):
-    """What one worker learns in fifty steps."""
+    """What one worker learns in fifty steps, and tells."""
     output = tmp_path_factory.mktemp("alone")
     list(train(config_for(places, output, num_steps=50)))
-    return learned(output)
+    return learned(output), logged_losses(output)
 
 
 @pytest.mark.parametrize(("num_workers", "micro_batch"), [(2, 2), (4, 1)])
@@ -81,7 +90,9 @@ def test_workers_take_the_steps_of_one_with_all_patches(places, alone, tmp_path,
     """Four workers share six lanes unequally, and pass unequal numbers of micro-batches."""
     config = config_for(places, tmp_path / "runs", num_steps=50, micro_batch=micro_batch)
     train_over_processes(config, num_workers=num_workers, folder=tmp_path)
-    assert furthest(learned(tmp_path / "runs"), alone) < 1e-5
+    state, losses = alone
+    assert furthest(learned(tmp_path / "runs"), state) < 1e-5
+    assert len(losses) >= 3 and logged_losses(tmp_path / "runs") == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.parametrize("more", [{}, {"terms": (*LEARNING, AGAINST)}])

@@ -1,0 +1,200 @@
+"""Whatever ends a run in the middle, the same config brings it to the same end, to the last bit."""
+
+import itertools
+import json
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from kdsr import training
+from kdsr.checkpoint import StateStore, load_model, save_model
+from kdsr.config import DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
+from kdsr.errors import CheckpointCorrupt, StoreError
+from kdsr.models import build_model
+from kdsr.spec import Card, EdsrSpec, RepChainSpec
+from kdsr.store import open_store
+from kdsr.terms import DistillTerms
+from kdsr.training import Worker, run_store, saved_step, train
+from tests.dying import Dying
+from tests.pictures import photograph
+from tests.small_shards import row, write_set
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ALL_THAT_DRAWS = (
+    {"kind": "pixel"},
+    {"kind": "output", "weight": 0.5, "final_weight": 0.1},
+    {"kind": "critic", "weight": 0.1, "taps": [{"student": "layers.1", "teacher": "trunk"}]},
+)
+SPEEDS = {"patches_per_second", "waiting_share"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Uris of four photographs, one of them held out, and of a teacher."""
+    folder = tmp_path_factory.mktemp("survival")
+    rows = [row(f"photo-{i}.png", photograph(i, height=36, width=40), heldout=i == 3) for i in range(4)]
+    write_set(open_store(f"file://{folder}/shards"), [rows])
+    torch.manual_seed(0)
+    model = build_model(EdsrSpec(scale=2, num_features=4, num_blocks=1)).eval()
+    card = Card(name="big", spec=model.spec, num_parameters=0, sha256="")
+    save_model(open_store(f"file://{folder}/big"), model, card)
+    return f"{folder}/shards", f"file://{folder}/big"
+
+
+def config_for(places, output, **fields):
+    """A run of seven steps with dropout, a critic, schedules and a mean of the weights."""
+    shards, teacher = places
+    given = {
+        "name": "run",
+        "output": str(output),
+        "data": DataConfig(shards=shards, patch_size=8, patches_per_row=2, window_rows=4),
+        "optimizer": OptimizerConfig(warmup_steps=2),
+        "student": RepChainSpec(scale=2, num_features=4, num_layers=3),
+        "teacher": TeacherConfig(uri=teacher, force=True),
+        "terms": TypeAdapter(DistillTerms).validate_python(ALL_THAT_DRAWS),
+        "dropout": 0.3,
+        "num_steps": 7,
+        "batch_size": 2,
+        "precision": "float32",
+        "log_every_steps": 1,
+        "save_every_steps": 2,
+        "validate_every_steps": 3,
+        "num_validation_images": 1,
+    }
+    return DistillConfig(**{**given, **fields})
+
+
+def rows_of(config):
+    """The history without what no two runs have in common."""
+    lines = run_store(config).get("metrics.jsonl").decode().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEEDS} for line in lines]
+
+
+def flat(state, path=""):
+    """Every number of a state by its path, tensors as bytes."""
+    if isinstance(state, dict | list | tuple):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: leaf for name, part in pairs for key, leaf in flat(part, f"{path}/{name}").items()}
+    return {path: state.numpy().tobytes() if isinstance(state, torch.Tensor) else state}
+
+
+def came_to(config):
+    """All that a run leaves: its history, its last and its best state, and its model."""
+    states = StateStore(run_store(config))
+    model = load_model(f"{run_store(config).uri}/model").model.state_dict()
+    return rows_of(config), flat(states.load("latest")), flat(states.load("best")), flat(model)
+
+
+@pytest.fixture(scope="module")
+def whole(places, tmp_path_factory):
+    """What a run comes to that nothing disturbs."""
+    config = config_for(places, tmp_path_factory.mktemp("whole"))
+    list(train(config))
+    assert [row["step"] for row in rows_of(config)] == list(range(1, 8))
+    assert {"critic", "output_l1", "loss"} <= rows_of(config)[0].keys()
+    return came_to(config)
+
+
+def run_until_it_dies(config, *, writes):
+    """Whether the run came to its end before its process was killed at a write."""
+    store = Dying(run_store(config), after=writes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "run_store", lambda _: store)
+        with suppress(StoreError):
+            torch.manual_seed(writes)  # what a process has drawn before must not matter
+            list(train(config))
+            return True
+    return False
+
+
+def test_a_run_that_dies_at_each_of_its_writes_comes_to_the_same(places, whole, tmp_path):
+    config = config_for(places, tmp_path)
+    reached, writes = [], 0
+    while not run_until_it_dies(config, writes=writes):
+        reached.append(saved_step(config))
+        writes += 1
+    assert reached == sorted(reached) and writes > 8
+    assert came_to(config) == whole
+
+
+@settings(max_examples=6)
+@given(deaths=st.lists(st.integers(0, 30), min_size=1, max_size=5))
+def test_the_history_is_complete_after_any_number_of_deaths(places, whole, tmp_path_factory, deaths):
+    config = config_for(places, tmp_path_factory.mktemp("deaths"))
+    for writes in deaths:
+        run_until_it_dies(config, writes=writes)
+    list(train(config))
+    assert came_to(config) == whole
+
+
+@pytest.mark.parametrize("left_after", [1, 3, 4, 6])
+def test_who_is_told_to_leave_saves_once_at_that_step_and_the_run_goes_on_from_there(
+    places, whole, tmp_path, left_after
+):
+    config = config_for(places, tmp_path)
+    steps = itertools.count(1)
+    told = list(train(config, Worker(is_told_to_leave=lambda: next(steps) >= left_after)))
+    assert [progress.step for progress in told] == list(range(1, left_after + 1))
+    states = StateStore(run_store(config))
+    assert states.step("latest") == left_after
+    assert states.step("previous") in {None, *range(left_after)}
+    # Every second step, the first that was validated, and once where it left.
+    saved = {step for step in (2, 3, 4, 6) if step <= left_after} | {left_after}
+    assert sum(len(progress.saves) for progress in told) == len(saved)
+    assert not run_store(config).exists("model/card.json")
+    list(train(config))
+    assert came_to(config) == whole
+
+
+def test_who_leaves_between_two_rows_of_the_history_takes_the_half_row_along(places, tmp_path):
+    """A row is a mean over steps, some of which another process may have taken."""
+    fields = {"log_every_steps": 3, "validate_every_steps": 7}
+    undisturbed = config_for(places, tmp_path / "whole", **fields)
+    list(train(undisturbed))
+    config = config_for(places, tmp_path, **fields)
+    for left_after in (1, 5):
+        steps = iter(range(saved_step(config) + 1, 8))
+        list(train(config, Worker(is_told_to_leave=lambda: next(steps) >= left_after)))  # noqa: B023
+        assert saved_step(config) == left_after
+    list(train(config))
+    assert came_to(config) == came_to(undisturbed)
+    assert [row["step"] for row in rows_of(config)] == [3, 6, 7]
+
+
+def test_a_run_goes_on_from_the_state_before_when_its_last_one_is_damaged(places, whole, tmp_path, caplog):
+    config = config_for(places, tmp_path)
+    list(train(config, Worker(is_told_to_leave=lambda: saved_step(config) >= 4)))
+    store = run_store(config)
+    key = json.loads(store.get("checkpoints/latest.json"))["key"]
+    store.put(key, store.get(key)[:-100])
+    list(train(config))
+    assert any("expected sha256" in message and "Taken instead" in message for message in caplog.messages)
+    assert came_to(config) == whole
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(places, tmp_path):
+    config = config_for(places, tmp_path)
+    list(train(config, Worker(is_told_to_leave=lambda: saved_step(config) >= 4)))
+    store = run_store(config)
+    keys = [info.key for info in store.list("checkpoints/") if info.key.endswith(".pt")]
+    for key in keys:
+        store.put(key, b"")
+    with pytest.raises(CheckpointCorrupt, match="No checkpoint is left to go on from"):
+        list(train(config))
+    assert [store.get(key) for key in keys] == [b""] * len(keys) and len(rows_of(config)) >= 4
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_reason(places, tmp_path):
+    """Training goes on beside the write, but not for long without one."""
+    config = config_for(places, tmp_path, num_steps=50, num_validation_images=0)
+    store = Dying(run_store(config), after=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "run_store", lambda _: store)
+        with pytest.raises(StoreError, match=r"died before it could write metrics\.jsonl"):
+            list(train(config))
+    assert saved_step(config) == 0
