@@ -107,17 +107,23 @@ class Stop:
     """Whether the driver was told to stop, and the key under which its workers hear of it."""
 
     key: str = field(default_factory=lambda: f"stop-{uuid4().hex}")
+    reason: str = "told to stop"
     _told: threading.Event = field(default_factory=threading.Event)
     _over: threading.Event = field(default_factory=threading.Event)
 
     def is_told(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal came, or another reason."""
         return self._told.is_set()
 
     def hear(self, _signal: int, _frame: FrameType | None) -> None:
         """Take a SIGTERM; a second one ends at once what the main thread waits for."""
         if self._told.is_set():
             raise KeyboardInterrupt
+        self._told.set()
+
+    def tell(self, reason: str) -> None:
+        """Stop for another reason than a signal."""
+        self.reason = reason
         self._told.set()
 
     def pass_on(self) -> None:

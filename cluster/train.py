@@ -1,7 +1,9 @@
 """Run a training over the workers of a cluster with Ray Train. Knows no pixels and no losses."""
 
+import os
 import sys
 import uuid
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,12 +16,12 @@ from torch import nn
 
 from cluster import leaving, session
 from cluster.metrics import RunMetrics
-from kdsr import provenance
+from kdsr import lease, provenance
 from kdsr.config import DistillConfig, TeacherTrainingConfig
 from kdsr.errors import KdsrError
 from kdsr.spec import Card
 from kdsr.store import open_store
-from kdsr.training import Progress, RunConfig, Worker, check, exported_card, saved_step, train
+from kdsr.training import Progress, RunConfig, Worker, check, exported_card, run_store, saved_step, train
 
 KINDS: dict[str, type[RunConfig]] = {
     config.__name__: config for config in (TeacherTrainingConfig, DistillConfig)
@@ -29,12 +31,12 @@ KINDS: dict[str, type[RunConfig]] = {
 def run(config: RunConfig) -> Card:
     """Train until done and return the card of the exported model. A finished run returns at once.
 
-    Raises RequestError for what can never work, before any worker starts, and the worker's own KdsrError
-    when the run itself is at fault; only lost workers are replaced, `cluster.max_failures` times. Workers
-    that were told to leave, because their node is taken away, count for nothing. Between
-    the two numbers of `cluster.num_workers` Ray takes as many workers as there is room for, looks again from
-    time to time, and then begins with all of them at the last checkpoint. SIGTERM lets the workers save and
-    leave, and ends in a KdsrError that says where.
+    Raises RequestError for what can never work, before any worker starts, and when another driver works on
+    the run; and the worker's own KdsrError when the run itself is at fault. Only lost workers are replaced,
+    `cluster.max_failures` times without a checkpoint in between; those that were told to leave, because
+    their node is taken away, count for nothing. Between the two numbers of `cluster.num_workers` Ray takes as
+    many workers as there is room for, looks again from time to time, and then begins with all of them at the
+    last checkpoint. SIGTERM lets the workers save and leave, and ends in a KdsrError that says where.
     """
     check(config)
     if (card := exported_card(config)) is not None:
@@ -42,13 +44,14 @@ def run(config: RunConfig) -> Card:
     # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
     session.connect(config.cluster, dashboard=True)
     session.require_capacity(config.cluster, num_workers=config.cluster.least_workers)
-    with leaving.heard_by_workers() as stop:
+    with lease.held(run_store(config), what=f"run {config.name}") as own, leaving.heard_by_workers() as stop:
+        own.when_lost = partial(stop.tell, "another driver has taken over")
         return _train_until_done(config, stop)
 
 
 def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
     """Start workers as often as it takes."""
-    failures = 0
+    failures, failed_at = 0, -1
     while (card := exported_card(config)) is None:
         begun_at = saved_step(config)
         try:
@@ -56,7 +59,7 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
         except TrainingFailedError as error:
             if (own := _own_error(error)) is not None:
                 raise own from None
-            failures += 1
+            failures, failed_at = (failures + 1 if begun_at == failed_at else 1), begun_at
             if failures > config.cluster.max_failures and not stop.is_told():
                 raise KdsrError(
                     f"training stopped after {failures} starts: {session.last_line(error)}; the same "
@@ -70,7 +73,7 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
             _require_progress(config, since=begun_at)
         if stop.is_told() and exported_card(config) is None:
             raise KdsrError(
-                f"told to stop: run {config.name} is saved at step {saved_step(config)} of "
+                f"{stop.reason}: run {config.name} is saved at step {saved_step(config)} of "
                 f"{config.num_steps}; the same command goes on from there"
             )
     return card
@@ -96,6 +99,9 @@ def _require_progress(config: RunConfig, *, since: int) -> None:
 
 def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:
     cluster = config.cluster
+    if cluster.least_workers < cluster.most_workers:
+        # Ray looks at its nodes every 20 s, and before that may plan a worker on one that is gone.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     resources: dict[str, float] = {"CPU": session.worker_cpus(cluster)}
     if cluster.use_gpu:
         resources["GPU"] = 1

@@ -60,7 +60,8 @@ class ClusterConfig(Frozen):
     use_gpu: bool = False
     """One GPU for each worker."""
     max_failures: int = Field(default=2, ge=0)
-    """Restarts of training after lost workers. Errors of the run itself are never tried again."""
+    """Restarts after lost workers; a training counts those without a new checkpoint in between. Errors of the
+    run itself are never tried again."""
 
     @property
     def least_workers(self) -> int:
