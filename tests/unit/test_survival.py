@@ -8,86 +8,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 from kdsr import training
-from kdsr.checkpoint import StateStore, load_model, save_model
-from kdsr.config import DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
+from kdsr.checkpoint import StateStore
 from kdsr.errors import CheckpointCorrupt, StoreError
-from kdsr.models import build_model
-from kdsr.spec import Card, EdsrSpec, RepChainSpec
-from kdsr.store import open_store
-from kdsr.terms import DistillTerms
 from kdsr.training import Worker, run_store, saved_step, train
 from tests.dying import Dying
-from tests.pictures import photograph
-from tests.small_shards import row, write_set
+from tests.whole_runs import config_of, history, make_places, outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ALL_THAT_DRAWS = (
-    {"kind": "pixel"},
-    {"kind": "output", "weight": 0.5, "final_weight": 0.1},
-    {"kind": "critic", "weight": 0.1, "taps": [{"student": "layers.1", "teacher": "trunk"}]},
-)
-SPEEDS = {"patches_per_second", "waiting_share"}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Uris of four photographs, one of them held out, and of a teacher."""
-    folder = tmp_path_factory.mktemp("survival")
-    rows = [row(f"photo-{i}.png", photograph(i, height=36, width=40), heldout=i == 3) for i in range(4)]
-    write_set(open_store(f"file://{folder}/shards"), [rows])
-    torch.manual_seed(0)
-    model = build_model(EdsrSpec(scale=2, num_features=4, num_blocks=1)).eval()
-    card = Card(name="big", spec=model.spec, num_parameters=0, sha256="")
-    save_model(open_store(f"file://{folder}/big"), model, card)
-    return f"{folder}/shards", f"file://{folder}/big"
+    return make_places(tmp_path_factory.mktemp("survival"), heldout=True)
 
 
 def config_for(places, output, **fields):
-    """A run of seven steps with dropout, a critic, schedules and a mean of the weights."""
-    shards, teacher = places
-    given = {
-        "name": "run",
-        "output": str(output),
-        "data": DataConfig(shards=shards, patch_size=8, patches_per_row=2, window_rows=4),
-        "optimizer": OptimizerConfig(warmup_steps=2),
-        "student": RepChainSpec(scale=2, num_features=4, num_layers=3),
-        "teacher": TeacherConfig(uri=teacher, force=True),
-        "terms": TypeAdapter(DistillTerms).validate_python(ALL_THAT_DRAWS),
-        "dropout": 0.3,
-        "num_steps": 7,
-        "batch_size": 2,
-        "precision": "float32",
-        "log_every_steps": 1,
-        "save_every_steps": 2,
-        "validate_every_steps": 3,
-        "num_validation_images": 1,
-    }
-    return DistillConfig(**{**given, **fields})
-
-
-def rows_of(config):
-    """The history without what no two runs have in common."""
-    lines = run_store(config).get("metrics.jsonl").decode().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in SPEEDS} for line in lines]
-
-
-def flat(state, path=""):
-    """Every number of a state by its path, tensors as bytes."""
-    if isinstance(state, dict | list | tuple):
-        pairs = state.items() if isinstance(state, dict) else enumerate(state)
-        return {key: leaf for name, part in pairs for key, leaf in flat(part, f"{path}/{name}").items()}
-    return {path: state.numpy().tobytes() if isinstance(state, torch.Tensor) else state}
-
-
-def came_to(config):
-    """All that a run leaves: its history, its last and its best state, and its model."""
-    states = StateStore(run_store(config))
-    model = load_model(f"{run_store(config).uri}/model").model.state_dict()
-    return rows_of(config), flat(states.load("latest")), flat(states.load("best")), flat(model)
+    """A run of seven steps."""
+    given = {"num_steps": 7, "batch_size": 2, "save_every_steps": 2, "validate_every_steps": 3}
+    return config_of(places, output, **{**given, "num_validation_images": 1, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +35,9 @@ def whole(places, tmp_path_factory):
     """What a run comes to that nothing disturbs."""
     config = config_for(places, tmp_path_factory.mktemp("whole"))
     list(train(config))
-    assert [row["step"] for row in rows_of(config)] == list(range(1, 8))
-    assert {"critic", "output_l1", "loss"} <= rows_of(config)[0].keys()
-    return came_to(config)
+    assert [row["step"] for row in history(config)] == list(range(1, 8))
+    assert {"critic", "output_l1", "loss"} <= history(config)[0].keys()
+    return outcome(config)
 
 
 def run_until_it_dies(config, *, writes):
@@ -119,7 +59,7 @@ def test_a_run_that_dies_at_each_of_its_writes_comes_to_the_same(places, whole, 
         reached.append(saved_step(config))
         writes += 1
     assert reached == sorted(reached) and writes > 8
-    assert came_to(config) == whole
+    assert outcome(config) == whole
 
 
 @settings(max_examples=6)
@@ -129,7 +69,7 @@ def test_the_history_is_complete_after_any_number_of_deaths(places, whole, tmp_p
     for writes in deaths:
         run_until_it_dies(config, writes=writes)
     list(train(config))
-    assert came_to(config) == whole
+    assert outcome(config) == whole
 
 
 @pytest.mark.parametrize("left_after", [1, 3, 4, 6])
@@ -148,7 +88,7 @@ def test_who_is_told_to_leave_saves_once_at_that_step_and_the_run_goes_on_from_t
     assert sum(len(progress.saves) for progress in told) == len(saved)
     assert not run_store(config).exists("model/card.json")
     list(train(config))
-    assert came_to(config) == whole
+    assert outcome(config) == whole
 
 
 def test_who_leaves_between_two_rows_of_the_history_takes_the_half_row_along(places, tmp_path):
@@ -162,8 +102,8 @@ def test_who_leaves_between_two_rows_of_the_history_takes_the_half_row_along(pla
         list(train(config, Worker(is_told_to_leave=lambda: next(steps) >= left_after)))  # noqa: B023
         assert saved_step(config) == left_after
     list(train(config))
-    assert came_to(config) == came_to(undisturbed)
-    assert [row["step"] for row in rows_of(config)] == [3, 6, 7]
+    assert outcome(config) == outcome(undisturbed)
+    assert [row["step"] for row in history(config)] == [3, 6, 7]
 
 
 def test_a_run_goes_on_from_the_state_before_when_its_last_one_is_damaged(places, whole, tmp_path, caplog):
@@ -174,7 +114,7 @@ def test_a_run_goes_on_from_the_state_before_when_its_last_one_is_damaged(places
     store.put(key, store.get(key)[:-100])
     list(train(config))
     assert any("expected sha256" in message and "Taken instead" in message for message in caplog.messages)
-    assert came_to(config) == whole
+    assert outcome(config) == whole
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(places, tmp_path):
@@ -186,7 +126,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(p
         store.put(key, b"")
     with pytest.raises(CheckpointCorrupt, match="No checkpoint is left to go on from"):
         list(train(config))
-    assert [store.get(key) for key in keys] == [b""] * len(keys) and len(rows_of(config)) >= 4
+    assert [store.get(key) for key in keys] == [b""] * len(keys) and len(history(config)) >= 4
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_reason(places, tmp_path):
