@@ -9,6 +9,12 @@ KdsrError
 │   ├── BucketNotFound      the bucket does not exist
 │   ├── AccessDenied        the credentials do not allow it
 │   └── StoreUnreachable    nothing answered at the endpoint
+├── ServerError             a server of kdsr did not give what it was asked for
+│   ├── ServerUnreachable   nothing answered, or the answer broke off
+│   ├── ServerBusy          it has no room for the request, or its models are not ready
+│   ├── RequestRefused      the request is wrong: no key, an unknown option, no such job
+│   ├── ImageRefused        the image is too large, or none that can be read
+│   └── JobFailed           a job of the server ended without all of its results
 ├── Abandoned               nobody waits for the result any more
 └── DataError               this image, shard or checkpoint is bad
     ├── ImageCorrupt        the bytes are no image, or a broken one
@@ -57,6 +63,37 @@ class AccessDenied(StoreError):
 
 class StoreUnreachable(StoreError):
     """Nothing answered at the endpoint."""
+
+
+class ServerError(KdsrError):
+    """A server of kdsr did not give what it was asked for."""
+
+    status: int | None = None
+    """Of the HTTP answer, when there was one."""
+    kind: str = ""
+    """Of the problem, as docs/serving.md lists them."""
+    request_id: str = ""
+    """Under which the server's log knows the request."""
+
+
+class ServerUnreachable(ServerError):
+    """Nothing answered, or the answer broke off. Was tried several times."""
+
+
+class ServerBusy(ServerError):
+    """The server has no room for the request, or its models are not ready. Was tried several times."""
+
+
+class RequestRefused(ServerError):
+    """The server finds the request wrong. Never retried."""
+
+
+class ImageRefused(ServerError):
+    """The server finds the image too large, or cannot read it. Never retried."""
+
+
+class JobFailed(ServerError):
+    """A job of the server ended without all of its results."""
 
 
 class Abandoned(KdsrError):

@@ -2,10 +2,15 @@
 
 import io
 import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import PIL.Image
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 from kdsr.checkpoint import save_model
@@ -49,6 +54,18 @@ class Server:
         return self.client.post(
             f"/v1/upscale{query}", content=data, headers={"Content-Type": content_type} | headers
         )
+
+
+@contextmanager
+def listening(app) -> Iterator[str]:
+    """The address at which `app` answers real requests, from a thread of this process."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, args=([place],))
+        thread.start()
+        yield f"http://127.0.0.1:{place.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 def save_tiny(place, *, scale, seed=0):

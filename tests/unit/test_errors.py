@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from kdsr import errors
-from kdsr.errors import Abandoned, DataError, KdsrError, RequestError, StoreError
+from kdsr.errors import Abandoned, DataError, KdsrError, RequestError, ServerError, StoreError
 
 CLASSES = [
     member for _, member in inspect.getmembers(errors, inspect.isclass) if issubclass(member, KdsrError)
@@ -22,7 +22,7 @@ def test_an_error_survives_the_way_to_another_process(error_class):
 
 @pytest.mark.parametrize("error_class", set(CLASSES) - {KdsrError})
 def test_every_error_says_who_has_to_act(error_class):
-    branches = (RequestError, StoreError, DataError, Abandoned)
+    branches = (RequestError, StoreError, ServerError, DataError, Abandoned)
     assert sum(issubclass(error_class, branch) for branch in branches) == 1
 
 

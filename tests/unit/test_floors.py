@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors spec uris terms space config cli provenance",
     "background image codecs tiles store lease shards lanes photos naming turns manifest progress tracking "
-    "measures duplicates check",
+    "measures duplicates check client",
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark",
     "fit training validation observe label upscale resize windows encoded objects forecast evaluate report "
     "plots serving "
@@ -69,9 +69,10 @@ def test_a_module_imports_its_own_floor_or_a_lower_one(source):
         ("ray", {"cluster"}),
         ("boto3", {"kdsr/store.py"}),
         ("botocore", {"kdsr/store.py"}),
-        ("PIL", {"kdsr/codecs", "kdsr/report.py", "kdsr/check_report.py"}),
+        ("PIL", {"kdsr/codecs", "kdsr/report.py", "kdsr/check_report.py", "kdsr/client"}),
         ("matplotlib", {"kdsr/plots.py"}),
         ("spandrel", {"kdsr/checkpoint.py", "kdsr/models"}),
+        ("httpx2", {"kdsr/client"}),
         ("fastapi", {"kdsr/serving", "cluster/serve.py"}),
         ("starlette", {"kdsr/serving", "cluster/serve.py"}),
         ("torch", {"kdsr", "cluster"}),
@@ -107,6 +108,10 @@ def loaded_after(code: str, *argv: str) -> set[str]:
 
 def test_a_config_loads_nothing_heavy():
     assert loaded_after("import kdsr.config, kdsr.cli, kdsr.spec") == set()
+
+
+def test_the_client_loads_neither_torch_nor_ray():
+    assert loaded_after("import kdsr.client") == {"PIL"}
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
