@@ -180,7 +180,7 @@ def nodes(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with _images_on_s3(arguments) as server:
         for count, cpus in ((1, [CORES + 1]), (2, [half + 1, half])):
             # After the server: Ray's workers find it by the settings that their node began with.
-            with _ray_nodes(cpus) as address:
+            with ray_nodes(cpus) as address:
                 flags = ["--cluster.address", address, "--cluster.num_workers", str(count)]
                 yield _rate(server, "nodes", count, out=f"out-{count}", flags=flags)
 
@@ -208,7 +208,7 @@ def _rate(server: LocalS3, name: str, count: int, *, out: str, flags: list[str])
 
 
 @contextmanager
-def _ray_nodes(cpus: list[int]) -> Iterator[str]:
+def ray_nodes(cpus: list[int]) -> Iterator[str]:
     """The address of a Ray cluster with a node for each of `cpus`, gone when the block ends."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     from ray.cluster_utils import Cluster
