@@ -69,7 +69,7 @@ def bicubic_downscale(hr: Tensor, scale: int) -> Tensor:
 
     Linear and differentiable. Raises RequestError when a side is no multiple of `scale`.
     """
-    _check_multiple(hr, scale)
+    _check_multiple(hr.shape[-2], hr.shape[-1], scale)
     with torch.autocast(hr.device.type, enabled=False):
         return _shrink_columns(_shrink_rows(hr, scale), scale)
 
@@ -79,14 +79,30 @@ def bicubic_lr(hr: Tensor, scale: int) -> Tensor:
 
     Not differentiable. Raises RequestError when a side is no multiple of `scale`.
     """
-    _check_multiple(hr, scale)
+    _check_multiple(hr.shape[-2], hr.shape[-1], scale)
     with torch.no_grad(), torch.autocast(hr.device.type, enabled=False):
         rows = _round_levels(_shrink_rows(_to_levels(hr), scale))
         return _round_levels(_shrink_columns(rows, scale)).div_(255)
 
 
-def _check_multiple(hr: Tensor, scale: int) -> None:
-    height, width = hr.shape[-2:]
+def bicubic_lr_of_pixels(pixels: Tensor, scale: int) -> Tensor:
+    """What `bicubic_lr` makes of pixels (B, H, W, C) uint8: LR (B, C, H/scale, W/scale), channels last.
+
+    Pixels stay as they are stored: colours are columns beside each other, and HR is passed over once.
+    Raises RequestError when a side is no multiple of `scale`.
+    """
+    batch, height, width, channels = pixels.shape
+    _check_multiple(height, width, scale)
+    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        levels = pixels.flatten(2).float()
+        down = _shrink_weights(height, scale, levels.dtype, levels.device)
+        across = _colour_weights(width, scale, channels, levels.device)
+        rows = _round_levels((down @ levels).div_(_denominator(scale)))
+        lr = _round_levels((rows @ across).div_(_denominator(scale))).div_(255)
+    return lr.view(batch, height // scale, width // scale, channels).permute(0, 3, 1, 2)
+
+
+def _check_multiple(height: int, width: int, scale: int) -> None:
     if height % scale or width % scale or not height or not width:
         raise RequestError(
             f"HR of {height} x {width} pixels: expected multiples of scale {scale}; "
@@ -123,6 +139,14 @@ def _shrink_weights(size: int, scale: int, dtype: torch.dtype, device: torch.dev
         dense = torch.zeros(size // scale, size, dtype=torch.float64)
         dense.scatter_add_(1, taps.long().clamp(0, size - 1), weights.round())
         return dense.to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _colour_weights(width: int, scale: int, channels: int, device: torch.device) -> Tensor:
+    """(width * C, width/scale * C): `_shrink_weights` for columns, each colour apart."""
+    with torch.inference_mode(False):
+        weights = _shrink_weights(width, scale, torch.float32, device)
+        return torch.kron(weights.mT.contiguous(), torch.eye(channels, device=device))
 
 
 def bicubic_upscale(lr: Tensor, scale: int) -> Tensor:
@@ -175,6 +199,12 @@ class Degrade:
         if isinstance(self.degradation, BicubicDegradation):
             return bicubic_lr(hr, self.scale)
         return real_world_lr(hr, self.degradation, self.scale, random)
+
+    def of_pixels(self, pixels: Tensor, random: Random) -> Tensor:
+        """The same of pixels (B, H, W, C) uint8, which with bicubic is less work."""
+        if isinstance(self.degradation, BicubicDegradation):
+            return bicubic_lr_of_pixels(pixels, self.scale)
+        return self(pixels.permute(0, 3, 1, 2).float().div_(255), random)
 
 
 def build_degradation(degradation: Degradation, scale: int) -> Degrade:
@@ -239,7 +269,7 @@ class Samples:
 @torch.no_grad()
 def real_world_lr(hr: Tensor, degradation: RealWorldDegradation, scale: int, random: Random) -> Tensor:
     """HR (B, C, H, W) in [0, 1] to 8-bit LR: steps on HR, bicubic, steps on LR. Parameters per sample."""
-    _check_multiple(hr, scale)
+    _check_multiple(hr.shape[-2], hr.shape[-1], scale)
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
     with torch.autocast(hr.device.type, enabled=False):
         samples = _alone(quantize(hr))

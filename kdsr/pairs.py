@@ -171,6 +171,10 @@ class _Turn(NamedTuple):
     turns: int = 0
     mirror: bool = False
 
+    def of_pixels(self, pixels: Array) -> Array:
+        """(h, w, 3) uint8 turned; whole pixels are moved, which is faster than bytes."""
+        return self.of(pixels.view("V3")).view(np.uint8)
+
     def of(self, array: Array, axes: tuple[int, int] = (0, 1)) -> Array:
         """`array` turned in the plane of `axes`, rows first; a copy."""
         turned = np.rot90(array, self.turns, axes)
@@ -331,7 +335,7 @@ class PatchReader:
 
         def part(image: Array) -> Array:
             y, x = top * self.scale, left * self.scale
-            return turn.of(image[y : y + self.side, x : x + self.side])
+            return turn.of_pixels(image[y : y + self.side, x : x + self.side])
 
         return _Pixels(
             part(images.hr),
@@ -369,7 +373,7 @@ class PatchReader:
         lr = images.hr[y : y + side, x : x + side]
         y, x, long = top * self.scale, left * self.scale, side * self.scale
         turn = self._turn(random)
-        return _Zoom(turn.of(lr), turn.of(answer.sr[y : y + long, x : x + long]))
+        return _Zoom(turn.of_pixels(lr), turn.of_pixels(answer.sr[y : y + long, x : x + long]))
 
     @property
     def _zoom_side(self) -> int:
@@ -432,27 +436,35 @@ class PairMaker:
 
     def __call__(self, batch: PatchBatch) -> PairBatch:
         """(b, P, P, 3) uint8 to LR, HR and teacher SR in [0, 1], the context dropped from all of them."""
-        hr = self._to_device(batch.hr)
-        lr = self.degrade(hr, [torch.Generator(self.device).manual_seed(seed) for seed in batch.seeds])
-        teacher_sr = None if batch.teacher_sr is None else self._to_device(batch.teacher_sr)
+        pixels = torch.from_numpy(batch.hr).to(self.device, non_blocking=True)
+        random = [torch.Generator(self.device).manual_seed(seed) for seed in batch.seeds]
+        if self.channels == 3:
+            lr = self.degrade.of_pixels(pixels, random)
+        else:
+            lr = self.degrade(self._images(pixels), random)
         edge = self.context * self.scale
         return PairBatch(
-            lr=_drop(lr, self.context),
-            hr=_drop(hr, edge),
-            teacher_sr=None if teacher_sr is None else _drop(teacher_sr, edge),
+            lr=_inner(lr, (2, 3), self.context).contiguous(memory_format=torch.channels_last),
+            hr=self._images(_inner(pixels, (1, 2), edge)),
+            teacher_sr=None if batch.teacher_sr is None else self._inner_images(batch.teacher_sr, edge),
             teacher_features={
                 tap: torch.from_numpy(features).to(self.device, non_blocking=True).float()
                 for tap, features in batch.teacher_features.items()
             }
             or None,
-            zoom=None if batch.zoom is None else ZoomPair(*map(self._to_device, batch.zoom)),
+            zoom=None if batch.zoom is None else ZoomPair(*(self._inner_images(each) for each in batch.zoom)),
             weight=batch.weight,
         )
 
-    def _to_device(self, pixels: Array) -> Tensor:
-        images = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        images = images.float() / 255
-        return images if self.channels == 3 else grey(images)
+    def _inner_images(self, pixels: Array, edge: int = 0) -> Tensor:
+        on_device = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        return self._images(_inner(on_device, (1, 2), edge))
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        """(b, H, W, 3) uint8 to (b, C, H, W) in [0, 1], channels last in memory."""
+        images = pixels.permute(0, 3, 1, 2).float().div_(255)
+        images = images if self.channels == 3 else grey(images)
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 def grey(rgb: Tensor) -> Tensor:
@@ -461,9 +473,11 @@ def grey(rgb: Tensor) -> Tensor:
     return (rgb * weights).sum(dim=1, keepdim=True)
 
 
-def _drop(images: Tensor, edge: int) -> Tensor:
-    inner = images[..., edge : images.shape[-2] - edge, edge : images.shape[-1] - edge]
-    return inner.contiguous(memory_format=torch.channels_last)
+def _inner(images: Tensor, axes: tuple[int, int], edge: int) -> Tensor:
+    """A view without `edge` pixels on each side."""
+    for axis in axes:
+        images = images.narrow(axis, edge, images.shape[axis] - 2 * edge)
+    return images
 
 
 Item = TypeVar("Item")

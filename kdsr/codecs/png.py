@@ -7,6 +7,7 @@ Source: PNG Specification, third edition, W3C 2025.
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +21,8 @@ _UP = 2
 _BAND_BYTES = 2**20  # filtered at once, so that they stay in the cache
 _ISAL_LEVELS = 2  # 0 and 1 are ISA-L's; the others are zlib's
 _INCHES_PER_METRE = 39.3701
+_BROKEN: tuple[Any, ...] = (KeyError, struct.error, isal_zlib.error)
+_LARGEST_AT_ONCE = 2**26  # bytes that `decode_own` holds; larger pictures are another decoder's
 _LATE = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 
@@ -91,6 +94,55 @@ def encode(image: Image, *, level: int = 1) -> bytes:
     writer.write(planes)
     writer.close()
     return file.getvalue()
+
+
+def decode_own(data: bytes) -> np.ndarray | None:
+    """(H, W, 1 or 3) uint8 of a PNG as `encode` makes them: 8 bits, no alpha, one filter (Up) for all rows.
+
+    In half the time that a decoder of all PNGs takes. None for any other PNG, and for broken ones: who knows
+    all of them says what is wrong.
+    """
+    try:
+        chunks = dict(_first_chunks(data))
+        width, height, *kind = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+        channels = {(8, 0, 0, 0, 0): 1, (8, 2, 0, 0, 0): 3}[tuple(kind)]
+        size = height * (1 + width * channels)
+        if not 0 < size <= _LARGEST_AT_ONCE:
+            return None
+        inflater = isal_zlib.decompressobj()
+        rows = inflater.decompress(chunks[b"IDAT"], size)
+    except _BROKEN:
+        return None
+    if len(rows) != size or not inflater.eof:
+        return None
+    filtered = np.frombuffer(rows, np.uint8).reshape(height, 1 + width * channels)
+    if (filtered[:, 0] != _UP).any():
+        return None
+    return _summed(filtered[:, 1:]).reshape(height, width, channels)
+
+
+def _first_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents up to the end of the pixels, which are one piece then."""
+    at, pixels = len(SIGNATURE), []
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        if name == b"IDAT":
+            pixels.append(data[at + 8 : at + 8 + length])
+        elif pixels:
+            break
+        else:
+            yield name, data[at + 8 : at + 8 + length]
+        at += 12 + length
+    yield b"IDAT", b"".join(pixels)
+
+
+def _summed(differences: np.ndarray) -> np.ndarray:
+    """Rows from what each is more than the row above, modulo 256."""
+    rows = np.empty(differences.shape, np.uint8)
+    rows[0] = differences[0]
+    for above, row, difference in zip(rows[:-1], rows[1:], differences[1:], strict=True):
+        np.add(above, difference, out=row)
+    return rows
 
 
 def metadata_chunks(image: Image) -> bytes:

@@ -200,6 +200,19 @@ def test_channels_last_and_batching_do_not_change_the_lr() -> None:
     assert torch.equal(bicubic_lr(hr.contiguous(memory_format=torch.channels_last), 3), one_by_one)
 
 
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lr_of_stored_pixels_is_that_of_the_image(scale, channels):
+    pixels = torch.randint(256, (2, 5 * scale, 7 * scale, channels), dtype=torch.uint8)
+    hr = pixels.permute(0, 3, 1, 2).float() / 255
+    degrade = build_degradation(BicubicDegradation(), scale)
+    assert torch.equal(degrade.of_pixels(pixels, seeded()), bicubic_lr(hr, scale))
+    chain = build_degradation(RealWorldDegradation(), scale)
+    assert torch.equal(chain.of_pixels(pixels, seeded()), chain(hr, seeded()))
+    with pytest.raises(RequestError, match="mod-crop"):
+        degrade.of_pixels(pixels[:, 1:], seeded())
+
+
 def test_quantize_rounds_halves_up_and_clamps() -> None:
     found = quantize(torch.tensor([-0.2, 0.5 / 255, 1.49 / 255, 1.3])) * 255
     assert found.round().tolist() == [0, 1, 1, 255]

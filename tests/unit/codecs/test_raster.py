@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import ImageCms, ImageOps
 
 from kdsr import codecs
+from kdsr.codecs.png import decode_own
 from kdsr.config import EncodeConfig
 from kdsr.errors import DataError, ImageCorrupt, ImageTooLarge, ImageUnsupported, RequestError
 from kdsr.image import Image
@@ -329,6 +330,20 @@ def test_a_broken_shard_png_is_corrupt():
         codecs.decode_png(codecs.encode_png(RGB)[:-30])
     with pytest.raises(ImageCorrupt, match="RGBA"):
         codecs.decode_png(saved(np.dstack([RGB, RAMP]), "PNG"))
+
+
+@pytest.mark.parametrize("pixels", [RGB, RAMP[:, :, None]], ids=["rgb", "grey"])
+def test_the_fast_reader_of_shard_pngs_leaves_others_to_the_one_that_knows_them(pixels):
+    own = codecs.encode_png(pixels)
+    assert np.array_equal(decode_own(own), pixels)
+    # Pillow chooses among five filters.
+    other = saved(pixels.squeeze(), "PNG")
+    assert decode_own(other) is None
+    assert np.array_equal(codecs.decode_png(other), pixels)
+    middle = len(own) // 2
+    broken = own[:middle] + bytes([own[middle] ^ 255]) + own[middle + 1 :]
+    for data in (b"", own[:-30], broken, own.replace(b"IHDR", b"IHDX"), saved(RAMP > 99, "PNG")):
+        assert decode_own(data) is None
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
