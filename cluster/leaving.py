@@ -24,7 +24,7 @@ LOOK_SECONDS = 5.0
 """How often a run asks Ray whether one of its nodes is taken away; Ray itself looks as often."""
 POLL_SECONDS = 0.5
 """How often the first worker asks whether the driver was told to stop."""
-LEAVE_SECONDS = 60.0
+LEAVE_SECONDS = 45.0
 """What workers have to save and leave when their driver was told to stop."""
 NAMESPACE = "kdsr"
 

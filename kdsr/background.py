@@ -20,19 +20,25 @@ class Background(Generic[Result]):
 
     def start(self, work: Callable[[], Result]) -> None:
         """Begin with `work`, after waiting for the work before it, whose error is raised."""
-        self._collect()
+        self.settle()
         self._running = self._thread.submit(work)
+
+    def settle(self) -> None:
+        """Wait for what is under way, and keep its result. Raises its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._results.append(running.result())
 
     def results(self) -> list[Result]:
         """What was finished since the last call, without waiting. Raises the error of work that failed."""
         if self._running is not None and self._running.done():
-            self._collect()
+            self.settle()
         found, self._results = self._results, []
         return found
 
     def finish(self) -> list[Result]:
         """The same after waiting for what is under way."""
-        self._collect()
+        self.settle()
         return self.results()
 
     def close(self) -> None:
@@ -42,8 +48,3 @@ class Background(Generic[Result]):
             if (error := self._running.exception()) is not None:
                 log.error("%s: %s", type(error).__name__, error)
         self._thread.shutdown()
-
-    def _collect(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            self._results.append(running.result())

@@ -319,6 +319,7 @@ class _Saver:
 
     def start(self, state: TrainState, unlogged: Sequence[StepReport], pointers: Sequence[str]) -> None:
         """Save `state` as it is now. Waits for the save before, and raises its StoreError."""
+        self._background.settle()  # before the copy: there is memory for one of them
         whole = copied(state.state_dict()) | {"unlogged": [asdict(report) for report in unlogged]}
         put_history = self.history.as_it_is()
         self._background.start(partial(self._save, whole, put_history, pointers))
