@@ -144,7 +144,7 @@ def _agreed_precision(config: UpscaleConfig, records: Records, model: SrModel) -
         if not config.cluster.use_gpu:
             return choose_precision(model)
         session.connect(config.cluster)
-        session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
+        session.await_capacity(config.cluster, reader_cpus=session.READER_CPUS)
         return str(ray.get(ray.remote(num_gpus=1)(_choose_on_gpu).remote(config)))
 
     return records.precision(choose)
@@ -210,7 +210,7 @@ def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally:
     """Do what is pending; every row that arrives reaches the ledger, whatever ends the run."""
     with tally.timed("start Ray"):
         session.connect(config.cluster)
-    session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
+    session.await_capacity(config.cluster, reader_cpus=session.READER_CPUS)
     session.leave_terminal_to_our_bar()
     try:
         with (
@@ -294,7 +294,7 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
         compute=ray.data.ActorPoolStrategy(
             size=cluster.most_workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
         ),
-        num_cpus=session.worker_cpus(cluster),
+        num_cpus=session.worker_cpus(cluster, reader_cpus=session.READER_CPUS),
         num_gpus=1 if cluster.use_gpu else 0,
     )
     for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow"):

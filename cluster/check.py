@@ -58,6 +58,7 @@ def _inspect(index: ShardIndex, config: CheckConfig) -> tuple[dict[str, pa.Table
 
 def _outcomes(index: ShardIndex, config: CheckConfig) -> Iterator[dict[str, Any]]:
     session.connect(config.cluster)
+    session.await_task()
     session.leave_terminal_to_our_bar()
     # One block for each shard, so that each is a task of its own.
     items = [{"key": entry.key, "entry": entry.model_dump_json()} for entry in index.shards]

@@ -30,7 +30,7 @@ def compare(config: CompareConfig) -> dict[str, str]:
     lost: dict[str, str] = {}
     if cells or (config.measure_cost and _chosen(config)):
         session.connect(config.cluster)
-        session.require_capacity(config.cluster)
+        session.await_capacity(config.cluster)
     if cells:
         lost = _train(config, cells)
     if config.measure_cost:

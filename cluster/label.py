@@ -42,7 +42,7 @@ def label(config: LabelConfig) -> ShardIndex:
     require_teacher_spec(teacher.card, scale=teacher.card.spec.scale, channels=3)
     require_better_than_bicubic(teacher, trained_for=config.teacher.trained_for, force=config.teacher.force)
     session.connect(config.cluster)
-    session.require_capacity(config.cluster, reader_cpus=session.READER_CPUS)
+    session.await_capacity(config.cluster, reader_cpus=session.READER_CPUS)
     session.leave_terminal_to_our_bar()
     labels = plan_labels(
         source,
@@ -110,7 +110,7 @@ def _entries(
         _Labeller,
         fn_constructor_args=(config, teacher_sha256, labels, session.worker_threads(config.cluster)),
         compute=ActorPoolStrategy(size=config.cluster.most_workers),
-        num_cpus=session.worker_cpus(config.cluster),
+        num_cpus=session.worker_cpus(config.cluster, reader_cpus=session.READER_CPUS),
         num_gpus=1 if config.cluster.use_gpu else 0,
     )
     with progress_bar(index.num_rows, unit="sub-image") as bar:

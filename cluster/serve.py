@@ -161,7 +161,8 @@ def _draining(config: ServeConfig) -> dict[str, float]:
 def _replica_options(config: ServeConfig) -> dict[str, Any]:
     cluster = config.cluster
     # Jobs beside the replicas need a CPU of the cluster's account, or they would wait for ever.
-    cpus = max(0.5, session.worker_cpus(cluster) - (1.0 if config.jobs else 0.0))
+    share = session.worker_cpus(cluster, reader_cpus=session.READER_CPUS)
+    cpus = max(0.5, share - (1.0 if config.jobs else 0.0))
     return {
         "name": "Replica",
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": 1 if cluster.use_gpu else 0},

@@ -95,6 +95,7 @@ def _outcomes(missing: list[ShardPlan], config: ShardConfig) -> Iterator[dict[st
     if not missing:
         return
     session.connect(config.cluster)
+    session.await_task()
     session.leave_terminal_to_our_bar()
     # One block for each shard, so that each is a task of its own.
     items = [{"key": plan.key, "photos": list(plan.photos)} for plan in missing]

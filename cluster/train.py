@@ -54,6 +54,9 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
     failures, failed_at = 0, -1
     while (card := exported_card(config)) is None:
         begun_at = saved_step(config)
+        session.wait_for_room(config.cluster, num_workers=config.cluster.least_workers, unless=stop.is_told)
+        if stop.is_told():
+            raise _stopped(config, stop)
         try:
             _trainer(config, stop.key).fit()
         except TrainingFailedError as error:
@@ -72,11 +75,15 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
         else:
             _require_progress(config, since=begun_at)
         if stop.is_told() and exported_card(config) is None:
-            raise KdsrError(
-                f"{stop.reason}: run {config.name} is saved at step {saved_step(config)} of "
-                f"{config.num_steps}; the same command goes on from there"
-            )
+            raise _stopped(config, stop)
     return card
+
+
+def _stopped(config: RunConfig, stop: leaving.Stop) -> KdsrError:
+    return KdsrError(
+        f"{stop.reason}: run {config.name} is saved at step {saved_step(config)} of {config.num_steps}; the "
+        f"same command goes on from there"
+    )
 
 
 def _own_error(error: TrainingFailedError) -> KdsrError | None:

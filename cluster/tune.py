@@ -42,7 +42,7 @@ def tune(config: TuneConfig) -> None:
         return
     check(trials)
     session.connect(config.cluster)
-    session.require_capacity(config.cluster)
+    session.await_capacity(config.cluster)
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
     # At the end Tune looks for the files that it was told not to write.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)

@@ -56,7 +56,7 @@ class ClusterConfig(Frozen):
     num_workers: NumWorkers = 1
     """Training workers, or upscaling actors. `[1, 4]` lets training take what there is; others take 4."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
-    """CPU share of one worker; when not set, the cluster's CPUs divided so that reading keeps some."""
+    """CPU share of one worker; when not set, an equal part of the nodes, so that reading keeps some."""
     use_gpu: bool = False
     """One GPU for each worker."""
     max_failures: int = Field(default=2, ge=0)

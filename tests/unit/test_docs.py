@@ -35,8 +35,8 @@ def commands() -> list[tuple[str, str, list[str]]]:
     """(page, job, arguments) of every `python jobs/JOB.py ...` in the pages, continued lines joined."""
     found = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for job, rest in re.findall(r"python (?:/home/ray/kdsr/)?jobs/(\w+)\.py([^\n`|]*)", text):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("/home/ray/kdsr/", "")
+        for job, rest in re.findall(r"python jobs/(\w+)\.py([^\n`|]*)", text):
             arguments = shlex.split(rest, comments=True)
             if arguments and "..." not in rest:
                 found.append((page.name, f"{job} --check" if "--check" in arguments else job, arguments))

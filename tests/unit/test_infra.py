@@ -90,6 +90,13 @@ def test_the_head_of_the_aws_cluster_hides_its_dashboard():
     assert "--dashboard-host=127.0.0.1" in start
 
 
+@pytest.mark.parametrize("path", [path for path in YAML_FILES if path.parent.name in {"aws", "kuberay"}])
+def test_a_stopped_job_has_time_to_save_a_checkpoint(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    seconds = re.findall(r'RAY_JOB_STOP_WAIT_TIME_S(?:=|.*\n\s*value: ")(\d+)', text)
+    assert seconds == ["60"]
+
+
 def test_the_dashboard_asks_for_numbers_that_are_told_and_the_page_names_them_all() -> None:
     told = set(re.findall(r'_(counter|gauge)\("(kdsr_train_\w+)"', (ROOT / "cluster/metrics.py").read_text()))
     names = {f"ray_{name}{'_total' if kind == 'counter' else ''}" for kind, name in told}
