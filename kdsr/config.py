@@ -14,7 +14,17 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 
 from kdsr.space import Domain, draw, overlapping, with_value
 from kdsr.spec import Frozen, Goal, TrainableSpec, ZoomConfig
-from kdsr.terms import Balance, CriticTerm, DistillTerms, FixedBalance, OutputTerm, PixelTerm, TeacherTerms
+from kdsr.terms import (
+    Balance,
+    CriticTerm,
+    DistillTerms,
+    FixedBalance,
+    GradientBalance,
+    OutputTerm,
+    PerceptualTerm,
+    PixelTerm,
+    TeacherTerms,
+)
 from kdsr.uris import EndpointUrl, ModelReference, Uri
 
 
@@ -271,6 +281,18 @@ class BudgetConfig(Frozen):
     cluster: ClusterConfig = ClusterConfig()
 
 
+class MemoryConfig(Frozen):
+    """What is given for room on a device. Steps stay what they are, but for rounding where workers share."""
+
+    shard_teacher: bool = False
+    """Each worker keeps a part of the teacher, and where it is trained of its mean and its gradients too.
+
+    Blocks are put together over the network while they run. One worker alone keeps all of it.
+    """
+    recompute_blocks: bool = False
+    """Keep only what goes into each block of the trained network, and run it again in the backward pass."""
+
+
 class TrainingConfig(BudgetConfig):
     """What every training run has in common."""
 
@@ -284,6 +306,7 @@ class TrainingConfig(BudgetConfig):
     """What it takes: layers that agree in name and shape, or the most telling channels of a larger model."""
     balance: Balance = FixedBalance()
     """What keeps several terms in balance."""
+    memory: MemoryConfig = MemoryConfig()
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -294,6 +317,26 @@ class TrainingConfig(BudgetConfig):
                 f"{self.cluster.most_workers}, and each needs a patch; raise it, or ask for fewer workers"
             )
         return self
+
+    @model_validator(mode="after")
+    def _workers_keep_in_step(self) -> Self:
+        """Those that keep parts of one network need each other in every pass."""
+        if not self.memory.shard_teacher or self.micro_batch is None:
+            return self
+        for workers in range(self.cluster.least_workers, self.cluster.most_workers + 1):
+            passes = {-(-own // self.micro_batch) for own in self._patches_of_workers(workers)}
+            if len(passes) > 1:
+                raise ValueError(
+                    f"with memory.shard_teacher all workers pass equally many micro-batches, and of "
+                    f"batch_size {self.batch_size} on {workers} workers in parts of {self.micro_batch} they "
+                    f"have {min(passes)} or {max(passes)}; choose a batch_size that is a multiple of the "
+                    f"number of workers, or another micro_batch"
+                )
+        return self
+
+    def _patches_of_workers(self, workers: int) -> tuple[int, int]:
+        """Fewest and most of one worker in a step."""
+        return self.batch_size // workers, -(-self.batch_size // workers)
 
     @property
     def fewest_patches(self) -> int:
@@ -308,6 +351,15 @@ class TeacherTrainingConfig(TrainingConfig):
 
     model: TrainableSpec
     terms: TeacherTerms = (PixelTerm(),)
+
+    @model_validator(mode="after")
+    def _balance_sees_whole_gradients(self) -> Self:
+        if self.memory.shard_teacher and isinstance(self.balance, GradientBalance):
+            raise ValueError(
+                "balance gradient looks at the gradient of all parameters at once, and with "
+                "memory.shard_teacher no worker has it; set balance.kind to fixed or uncertainty"
+            )
+        return self
 
 
 class TeacherConfig(Frozen):
@@ -356,6 +408,17 @@ class DistillConfig(TrainingConfig):
     def model(self) -> TrainableSpec:
         """The network that is trained."""
         return self.student
+
+    @model_validator(mode="after")
+    def _no_gradient_passes_parts(self) -> Self:
+        for term in self.terms if self.memory.shard_teacher else ():
+            if isinstance(term, PerceptualTerm) and term.network is None:
+                raise ValueError(
+                    "the perceptual term sends gradients back through the teacher, which "
+                    "memory.shard_teacher puts together for its forward pass only; name a network for it, or "
+                    "set memory.shard_teacher to false"
+                )
+        return self
 
     @model_validator(mode="after")
     def _critics_see_strangers(self) -> Self:

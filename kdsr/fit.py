@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from kdsr.config import OptimizerConfig
 from kdsr.errors import NonFiniteLoss
-from kdsr.models import SrModel
+from kdsr.memory import gathered, is_sharded, parted, parted_optimizer, whole
+from kdsr.models import SrModel, build_model
 from kdsr.objectives import Losses
 from kdsr.pairs import Cursor, PairBatch, mixed_seed
 
@@ -75,8 +76,12 @@ class TrainState:
         self.auxiliary = auxiliary
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that it loads without running code."""
-        return {
+        """Tensors and plain values only, so that it loads without running code.
+
+        The same for any number of workers: where parameters are in parts, all workers must ask together, and
+        the first one gets the whole.
+        """
+        state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "auxiliary": {} if self.auxiliary is None else self.auxiliary.state_dict(),
@@ -84,14 +89,26 @@ class TrainState:
             "step": self.step,
             "cursor": list(self.cursor),
         }
+        return gathered(state) if is_sharded(self.model) else state
+
+    def mean(self) -> SrModel | None:
+        """The mean network; where it is in parts, all workers must ask together, and the first gets it."""
+        if not is_sharded(self.ema):
+            return self.ema
+        weights = gathered(self.ema.state_dict())
+        if torch.distributed.get_rank() > 0:
+            return None
+        mean = build_model(self.ema.spec)
+        mean.load_state_dict(weights)
+        return mean.eval()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Without a position in this order of the data, its first epoch begins."""
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        for network, weights in ((self.model, state["model"]), (self.ema, state["ema"])):
+            network.load_state_dict(parted(weights, network.state_dict()))
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state.get("auxiliary", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(parted_optimizer(state["optimizer"], self.optimizer))
         self.step = state["step"]
         self.cursor = _cursor(state["cursor"])
 
@@ -106,11 +123,21 @@ def _cursor(saved: Sequence[int]) -> Cursor:
     return Cursor()
 
 
-def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> TrainState:
+def new_state(
+    model: SrModel,
+    config: OptimizerConfig,
+    *,
+    num_steps: int,
+    place: Callable[[nn.Module], object] = lambda network: network,
+) -> TrainState:
     """A run that has not begun. Weight decay is for kernels and matrices of `model`, and nothing else.
 
-    Parameters that ask for no gradient stay what they are.
+    Parameters that ask for no gradient stay what they are. `place` brings a network, the mean one too, to
+    where it is trained.
     """
+    ema = copy.deepcopy(model).eval()
+    for network in (model, ema):
+        place(network)
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     optimizer = kind(
         _groups(model, config.weight_decay),
@@ -119,7 +146,7 @@ def new_state(model: SrModel, config: OptimizerConfig, *, num_steps: int) -> Tra
         weight_decay=0.0,
         foreach=True,
     )
-    return TrainState(model, optimizer, copy.deepcopy(model).eval(), config, num_steps)
+    return TrainState(model, optimizer, ema, config, num_steps)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -228,7 +255,7 @@ def _refuse(what: str, value: float, *, step: int, cursor: Cursor) -> None:
 
 def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> float:
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf, foreach=True)
-    return norm.item()
+    return whole(norm).item()
 
 
 @torch.no_grad()

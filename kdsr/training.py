@@ -44,6 +44,7 @@ from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine
 from kdsr.errors import CheckpointCorrupt, DataError, KdsrError, KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
+from kdsr.memory import is_sharded, recompute_blocks, shard
 from kdsr.models import (
     build_model,
     drop_channels,
@@ -98,6 +99,7 @@ FREE_FIELDS = {
     "cluster",
     "data.num_threads",
     "log_every_steps",
+    "memory",
     "micro_batch",
     "save_every_steps",
     "store",
@@ -125,7 +127,7 @@ class Worker:
     command: str = field(default_factory=provenance.command)
     """What a person typed to start the run, for the model card."""
     total: Callable[[list[float]], list[float]] = lambda values: values
-    """Sums over all workers, each of which gives as many numbers; called after each step."""
+    """Sums over all workers, each of which gives as many numbers, and calls it as often, as the others."""
     is_told_to_leave: Callable[[], bool] = lambda: False
     """Whether somebody wants this worker's place; then all of them save once and leave."""
 
@@ -235,7 +237,7 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     if worker.rank == 0:
         run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
     reports = _fit(config, state, objective, _pairs(config, inputs, state.cursor, worker), worker)
-    validate = _validator(config, inputs.index, worker) if worker.rank == 0 else None
+    validate = _validator(config, inputs.index, worker, state)
     saver = _Saver(states, history)
     try:
         yield from _consume(config, worker, state, reports, unlogged, saver, validate)
@@ -275,6 +277,7 @@ def _consume(
     """Log, validate and save at the steps that `config` names, at the last, and where workers leave."""
     history = saver.history
     saves: list[Save] = []
+    in_parts = is_sharded(state.model)
     for own in reports:
         report, leaves = _of_all_workers(own, worker, config.batch_size)
         unlogged.append(report)
@@ -283,12 +286,18 @@ def _consume(
         if last or report.step % config.log_every_steps == 0:
             metrics = _summarise(unlogged, config.batch_size)
             unlogged.clear()
-        if validate and (last or report.step % config.validate_every_steps == 0):
+        measured = validate is not None and (last or report.step % config.validate_every_steps == 0)
+        if validate is not None and measured:
             metrics |= validate(state)
         if metrics and worker.rank == 0:
             history.add(report.step, metrics)
         is_best = HELD_OUT in metrics and history.best_step() == report.step
-        if worker.rank == 0 and (last or leaves or is_best or report.step % config.save_every_steps == 0):
+        if in_parts and measured:
+            is_best = worker.total([float(is_best)]) == [1.0]  # only the first worker knows
+        due = last or leaves or is_best or report.step % config.save_every_steps == 0
+        if due and in_parts and worker.rank > 0:
+            state.state_dict()  # the first worker puts it together out of all parts
+        if due and worker.rank == 0:
             # `latest` goes last: a run that is killed between the two finds its best step again.
             saver.start(state, unlogged, ("best", "latest") if is_best else ("latest",))
         saves += saver.finish() if last or leaves else saver.done()
@@ -380,7 +389,7 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
 def _begin(config: RunConfig, inputs: Inputs, worker: Worker) -> tuple[TrainState, Objective]:
     """A run that has not begun, the same for the same seed."""
     torch.manual_seed(config.seed)
-    state = _start(config, inputs.index, worker.device)
+    state = _start(config, inputs.index, worker)
     objective = _objective(config, inputs, state, worker)
     state.train_too(objective)
     return state, objective
@@ -406,7 +415,7 @@ def _fit(
     )
 
 
-def _start(config: RunConfig, index: ShardIndex, device: torch.device) -> TrainState:
+def _start(config: RunConfig, index: ShardIndex, worker: Worker) -> TrainState:
     model = build_model(config.model)
     if config.init_from is not None:
         source = load_model(config.init_from, config.store).model
@@ -423,10 +432,25 @@ def _start(config: RunConfig, index: ShardIndex, device: torch.device) -> TrainS
     if _shares_extractor(config):
         assert isinstance(config, DistillConfig)
         share_extractor(model, load_model(config.teacher.uri, config.store).model)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = new_state(model.train(), config.optimizer, num_steps=config.num_steps)
+    trains_teacher = isinstance(config, TeacherTrainingConfig)
+    place = partial(_place, device=worker.device, in_parts=trains_teacher and _shards_teacher(config, worker))
+    state = new_state(model.train(), config.optimizer, num_steps=config.num_steps, place=place)
     drop_channels(state.model, config.dropout)
+    if config.memory.recompute_blocks:
+        recompute_blocks(state.model)
     return state
+
+
+def _shards_teacher(config: RunConfig, worker: Worker) -> bool:
+    return config.memory.shard_teacher and worker.world_size > 1
+
+
+def _place(network: nn.Module, *, device: torch.device, in_parts: bool) -> None:
+    """Bring a network, or this worker's part of it, to its device."""
+    if in_parts:
+        shard(network, device)
+    else:
+        network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _pictures(config: RunConfig, index: ShardIndex) -> Tensor | None:
@@ -445,13 +469,14 @@ def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Wor
     objective = build_objective(
         state.model,
         config.terms,
-        teacher=_live_teacher(config, inputs, worker.device),
+        teacher=_live_teacher(config, inputs, worker),
         balance=config.balance,
         scale=config.model.scale,
         channels=config.model.channels,
         stored=stored_ranks(config.terms, inputs.index) if inputs.teachers else {},
         networks={uri: _judge(uri, config).to(worker.device) for uri in _judges(config)},
-        wrap=worker.wrap,
+        # What is in parts shares gradients already.
+        wrap=lambda module: module if is_sharded(module) else worker.wrap(module),
     )
     return objective.to(worker.device)
 
@@ -691,7 +716,7 @@ def _check_first_weights(config: RunConfig, card: Card) -> None:
             )
 
 
-def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn.Module | None:
+def _live_teacher(config: RunConfig, inputs: Inputs, worker: Worker) -> nn.Module | None:
     """The teacher's network, unless the shards already carry all that the terms ask of it."""
     if not inputs.teachers:
         return None
@@ -701,17 +726,28 @@ def _live_teacher(config: RunConfig, inputs: Inputs, device: torch.device) -> nn
         return None
     if inputs.index.teacher is not None:
         log.warning("the teacher runs in each step; the labels lack %s", "; ".join(missing))
-    models = [load_model(teacher.uri, config.store).model for teacher in config.teachers]
-    teacher = models[0] if len(models) == 1 else Ensemble(models, temperature=config.mix.temperature)
-    return teacher.requires_grad_(False).to(device)
+    models = [
+        load_model(teacher.uri, config.store).model.requires_grad_(False) for teacher in config.teachers
+    ]
+    for model in models:
+        if _shards_teacher(config, worker):
+            shard(model, worker.device)
+        else:
+            model.to(worker.device)
+    return models[0] if len(models) == 1 else Ensemble(models, temperature=config.mix.temperature)
 
 
 def _validator(
-    config: RunConfig, index: ShardIndex, worker: Worker
+    config: RunConfig, index: ShardIndex, worker: Worker, state: TrainState
 ) -> Callable[[TrainState], dict[str, float]] | None:
-    """Measures the mean network on images that were held out, and on as many that are trained on."""
+    """Measures the mean network on images that were held out, and on as many that are trained on.
+
+    The first worker does; the others have a part in it where the network is in parts.
+    """
     if config.num_validation_images == 0 or index.num_heldout_rows == 0:
         return None
+    if worker.rank > 0:
+        return _lend_parts if is_sharded(state.model) else None
     sets = {
         name: find(
             open_store(config.data.shards, config.store),
@@ -725,10 +761,18 @@ def _validator(
     }
 
     def validate(state: TrainState) -> dict[str, float]:
-        upscale = Upscaler(Engine(fold(state.ema), device=str(worker.device))).upscale
+        mean = state.mean()
+        assert mean is not None
+        upscale = Upscaler(Engine(fold(mean), device=str(worker.device))).upscale
         return {name: mean_psnr_y(upscale, pairs, border=config.model.scale) for name, pairs in sets.items()}
 
     return validate
+
+
+def _lend_parts(state: TrainState) -> dict[str, float]:
+    """What other workers do while the first one measures: give their parts of the mean network."""
+    state.mean()
+    return {}
 
 
 # ---------------------------------------------------------------- what a run leaves

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsr.errors import RequestError
+from kdsr.memory import without_gradients
 from kdsr.models import build_model
 from kdsr.objectives.teachers import Ensemble
 from kdsr.pairs import PairBatch
@@ -160,7 +161,7 @@ class Step:
             raise RequestError(
                 "a term needs the teacher itself, not what is stored of it; found none; set teacher.uri"
             )
-        with torch.inference_mode():
+        with without_gradients(self._teacher):
             sr = self._teacher(lr)
         return _usable(sr).clamp(0, 1)
 
@@ -184,8 +185,9 @@ class Step:
 
     @cached_property
     def _taught(self) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._teacher is not None
         features: dict[str, Tensor] = {}
-        with torch.inference_mode():
+        with without_gradients(self._teacher):
             if self._teacher_taps is None:
                 sr = self._answer()
             else:

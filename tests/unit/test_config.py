@@ -231,6 +231,27 @@ def test_the_fewest_patches_that_pass_at_once_are_known(num_workers, micro_batch
     assert config.fewest_patches == fewest
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"micro_batch": 2}, "of batch_size 7 on 3 workers in parts of 2 they have 1 or 2"),
+        ({"terms": [{"kind": "pixel"}, {"kind": "perceptual", "taps": ["trunk"]}]}, "name a network for it"),
+    ],
+)
+def test_what_a_teacher_in_parts_cannot_do_is_refused(changes, words):
+    run = {**SMALLEST[DistillConfig], "batch_size": 7, "cluster": {"num_workers": [1, 3]}, **changes}
+    DistillConfig.model_validate(run)
+    with pytest.raises(ValidationError, match=words):
+        DistillConfig.model_validate(run | {"memory": {"shard_teacher": True}})
+
+
+def test_a_balance_that_looks_at_whole_gradients_is_refused_for_a_teacher_trained_in_parts():
+    run = {**SMALLEST[TeacherTrainingConfig], "balance": {"kind": "gradient"}}
+    TeacherTrainingConfig.model_validate(run)
+    with pytest.raises(ValidationError, match="fixed or uncertainty"):
+        TeacherTrainingConfig.model_validate(run | {"memory": {"shard_teacher": True}})
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", ".hidden", "-flag"])
 def test_the_name_of_a_run_is_one_plain_part_of_a_key(name):
     with pytest.raises(ValidationError, match="name"):
