@@ -14,6 +14,7 @@ from kdsr.config import (
     ClusterConfig,
     DataConfig,
     DistillConfig,
+    MemoryConfig,
     OptimizerConfig,
     ShardConfig,
     TeacherConfig,
@@ -69,7 +70,7 @@ def test_as_many_workers_as_there_is_room_for_take_the_steps_of_one(shards: str,
 
 
 def test_what_learns_beside_the_student_learns_alike_on_two_workers(shards: str, tmp_path: Path) -> None:
-    """Projections, balancer and discriminator too take the steps of one worker with all patches."""
+    """Projections, balancer and discriminator take the steps of one worker, beside a teacher in parts too."""
     torch.manual_seed(0)
     spec = EdsrSpec(scale=2, num_features=4, num_blocks=1)
     card = Card(name="big", spec=spec, num_parameters=0, sha256="")
@@ -89,6 +90,7 @@ def test_what_learns_beside_the_student_learns_alike_on_two_workers(shards: str,
     fields |= {
         "teacher": TeacherConfig(uri=f"file://{tmp_path}/big", force=True),
         "balance": GradientBalance(every_steps=2),
+        "memory": MemoryConfig(shard_teacher=True),
     }
     two = DistillConfig(
         **fields, output=str(tmp_path / "two"), cluster=ClusterConfig(num_workers=2, max_failures=0)
