@@ -14,11 +14,12 @@ from ray.train import FailureConfig, LoggingConfig, ScalingConfig, TrainingFaile
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
-from cluster import leaving, session
+from cluster import data, leaving, session
 from cluster.metrics import RunMetrics
 from kdsr import lease, provenance
 from kdsr.config import DistillConfig, TeacherTrainingConfig
 from kdsr.errors import KdsrError
+from kdsr.pairs import PatchReader
 from kdsr.spec import Card
 from kdsr.store import open_store
 from kdsr.training import Progress, RunConfig, Worker, check, exported_card, run_store, saved_step, train
@@ -43,7 +44,11 @@ def run(config: RunConfig) -> Card:
         return card
     # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
     session.connect(config.cluster, dashboard=True)
-    session.require_capacity(config.cluster, num_workers=config.cluster.least_workers)
+    session.require_capacity(
+        config.cluster,
+        num_workers=config.cluster.least_workers,
+        reader_cpus=session.READER_CPUS if _by_ray_data(config) else 0.0,
+    )
     with lease.held(run_store(config), what=f"run {config.name}") as own, leaving.heard_by_workers() as stop:
         own.when_lost = partial(stop.tell, "another driver has taken over")
         return _train_until_done(config, stop)
@@ -125,6 +130,8 @@ def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
+        datasets={data.NAME: partial(data.source, config)} if _by_ray_data(config) else None,
+        dataset_config=data.WholeSplit(),
         torch_config=leaving.ListeningTorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         # Checkpoints go to our own store; Ray only wants a place that all nodes see.
         run_config=ray.train.RunConfig(
@@ -149,6 +156,7 @@ def _work(arguments: dict[str, Any]) -> None:
         world_size=world_size,
         device=device,
         wrap=_data_parallel,
+        batches=data.batches if _by_ray_data(config) else PatchReader.batches,
         command=arguments["command"],
         total=team.total,
         is_told_to_leave=team.is_told_to_leave,
@@ -165,6 +173,10 @@ def _work(arguments: dict[str, Any]) -> None:
             done = progress.step
     if bar is not None:
         bar.close()
+
+
+def _by_ray_data(config: RunConfig) -> bool:
+    return config.data.reader == "ray_data"
 
 
 def _data_parallel(model: nn.Module) -> nn.Module:

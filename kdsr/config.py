@@ -218,8 +218,14 @@ class DataConfig(Frozen):
     """Patches cut from one decoded sub-image in an epoch."""
     window_rows: int = Field(default=256, ge=1)
     """Sub-images, over all workers, that patches come from at a time; bounds the memory of reading."""
+    reader: Literal["lanes", "ray_data"] = "lanes"
+    """Who decodes: each training worker in its own threads, or Ray Data in tasks all over the cluster.
+
+    With `ray_data` a run that goes on begins the epoch again that it was in, which batch a patch comes in
+    differs from start to start, and a batch is mixed from few row groups.
+    """
     num_threads: int = Field(default=1, ge=1)
-    """Threads that decode."""
+    """Threads that decode, with `lanes`."""
     augment: bool = True
     """Flips and quarter turns."""
     degradation: Degradation = BicubicDegradation()

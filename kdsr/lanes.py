@@ -85,6 +85,10 @@ class Lanes:
         whole, rest = divmod(epoch * self.num_rows, self.batch_size)
         return lane * whole + max(0, lane - (self.batch_size - rest))
 
+    def group_at(self, epoch: int, place: int) -> int:
+        """Number of the row group that comes at `place` in the order of `epoch`."""
+        return int(self._order(epoch).groups[place])
+
     def position(self, lane: int, step: int) -> tuple[int, int]:
         """Epoch of `lane` at `step`, and how many patches of its span come before."""
         row = step // self.patches_per_row

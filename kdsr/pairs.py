@@ -35,6 +35,8 @@ Array = np.ndarray
 
 READ_THREADS = 8
 """Row groups that are read at once; they wait for a store most of the time."""
+CUT_AT_ONCE = 64
+"""Patches that are cut together where a row group is cut as a whole."""
 BATCHES_READY = 2
 """Batches that are cut before they are asked for."""
 
@@ -96,6 +98,10 @@ class Cursor(NamedTuple):
 
     step: int = 0
     """Steps that were taken in this order of the data; all but those of another order, before it."""
+
+
+Columns = dict[str, Array]
+"""What patches are made of, (n, ...) each: `hr`, and by the columns of their shards what a teacher said."""
 
 
 class _Zoom(NamedTuple):
@@ -299,7 +305,7 @@ class PatchReader:
             for place, variant in mix.patches:
                 if place not in decoded:
                     row = mix.rows[place]
-                    decoded[place] = pools.decode.submit(self._decode, groups[row.group], row.row)
+                    decoded[place] = pools.decode.submit(self._promised, groups[row.group], row.row)
                 yield _Patch(mix.epoch, variant, decoded[place])
 
     def _group(self, number: int, pools: "_Pools") -> Future[list[Row]]:
@@ -314,8 +320,10 @@ class PatchReader:
         rows = shards.read_row_group(self.store, entry, group, columns=self.columns)
         return [rows[row] for row in self._trained[number]]
 
-    def _decode(self, group: Future[list[Row]], number: int) -> _Decoded:
-        row = group.result()[number]
+    def _promised(self, group: Future[list[Row]], number: int) -> _Decoded:
+        return self._decoded(group.result()[number])
+
+    def _decoded(self, row: Row) -> _Decoded:
         teacher_sr = None if row.teacher_sr is None else shards.row_pixels(row, row.teacher_sr)
         return _Decoded(
             zlib.crc32(f"{row.key} {row.x} {row.y}".encode()),
@@ -325,10 +333,9 @@ class PatchReader:
             [_Answer(row, crop) for crop in row.zoom],
         )
 
-    def _cut(self, patch: _Patch) -> _Pixels:
-        """Its place and its flips are drawn from (seed, epoch, sub-image, variant) alone."""
-        images = patch.row.result()
-        random = np.random.default_rng([self.seed, patch.epoch, images.place, patch.variant])
+    def _cut(self, images: _Decoded, epoch: int, variant: int) -> _Pixels:
+        """A patch whose place and flips are drawn from (seed, epoch, sub-image, variant) alone."""
+        random = np.random.default_rng([self.seed, epoch, images.place, variant])
         height, width = images.hr.shape[:2]
         top, left = self._place(height, random), self._place(width, random)
         turn = self._turn(random)
@@ -383,19 +390,59 @@ class PatchReader:
 
     def _batch(self, patches: list[_Patch], step: int) -> PatchBatch:
         """What `step`, counted from 1, is made of."""
-        pixels = [self._cut(patch) for patch in patches]
-        teacher = [patch.teacher_sr for patch in pixels if patch.teacher_sr is not None]
-        zooms = [patch.zoom for patch in pixels if patch.zoom is not None]
-        features = [patch.teacher_features for patch in pixels]
+        cut = [self._cut(patch.row.result(), patch.epoch, patch.variant) for patch in patches]
+        return self.batch_of(self._columns(cut), step)
+
+    def _columns(self, patches: Sequence[_Pixels]) -> Columns:
+        columns = {"hr": np.stack([patch.hr for patch in patches])}
+        teacher = [patch.teacher_sr for patch in patches if patch.teacher_sr is not None]
+        zooms = [patch.zoom for patch in patches if patch.zoom is not None]
+        if teacher:
+            columns["teacher_sr"] = np.stack(teacher)
+        for tap in self._taps:
+            features = [patch.teacher_features[tap.tap] for patch in patches]
+            columns[shards.features_column(tap.tap)] = np.stack(features)
+        for part in _Zoom._fields if zooms else ():
+            columns[f"zoom/{part}"] = np.stack([getattr(zoom, part) for zoom in zooms])
+        return columns
+
+    def batch_of(self, columns: Columns, step: int) -> PatchBatch:
+        """A batch for `step`, counted from 1, of as many patches as this worker has lanes."""
         return PatchBatch(
-            hr=np.stack([patch.hr for patch in pixels]),
-            teacher_sr=np.stack(teacher) if teacher else None,
+            hr=columns["hr"],
+            teacher_sr=columns.get("teacher_sr"),
             cursor=Cursor(step),
             seeds=tuple(mixed_seed(self.seed, step, lane) for lane in self.own_lanes),
-            weight=len(pixels) * self.world_size / self.batch_size,
-            teacher_features={tap: np.stack([each[tap] for each in features]) for tap in features[0]},
-            zoom=_Zoom(*map(np.stack, zip(*zooms, strict=True))) if zooms else None,
+            weight=len(columns["hr"]) * self.world_size / self.batch_size,
+            teacher_features={tap.tap: columns[shards.features_column(tap.tap)] for tap in self._taps},
+            zoom=_Zoom(*(columns[f"zoom/{part}"] for part in _Zoom._fields))
+            if "zoom/lr" in columns
+            else None,
         )
+
+    # ------------------------------------------------------------ row group by row group
+
+    @property
+    def num_groups(self) -> int:
+        """Row groups of the set."""
+        return len(self._row_groups)
+
+    def epoch_at(self, step: int) -> int:
+        """The epoch that all workers together are in when they have taken `step` steps."""
+        return step * self.batch_size // (self.lanes.num_rows * self.data.patches_per_row)
+
+    def patches_of_group(self, epoch: int, place: int) -> Iterator[Columns]:
+        """All patches of the row group that comes at `place` of an epoch's order, some at a time.
+
+        They are mixed, and the same as `batches` cuts from these rows in this epoch. Holds the decoded rows.
+        """
+        number = self.lanes.group_at(epoch, place)
+        rows = [self._decoded(row) for row in self._rows(number)]
+        each = self.data.patches_per_row
+        order = np.random.default_rng([self.seed, epoch, number]).permutation(len(rows) * each)
+        for first in range(0, len(order), CUT_AT_ONCE):
+            cut = (divmod(int(patch), each) for patch in order[first : first + CUT_AT_ONCE])
+            yield self._columns([self._cut(rows[row], epoch, variant) for row, variant in cut])
 
 
 @dataclass(frozen=True)

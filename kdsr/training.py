@@ -67,7 +67,7 @@ from kdsr.objectives import (
     why_live,
 )
 from kdsr.objectives.step import Taps, require_tap, tap_grids, tap_names
-from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchReader, mixed_seed
+from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchBatch, PatchReader, mixed_seed
 from kdsr.spec import Card, Frozen, Goal, ModelSpec, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
 from kdsr.terms import (
@@ -124,6 +124,8 @@ class Worker:
     device: torch.device = torch.device("cpu")
     wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda model: model
     """Makes the network data-parallel."""
+    batches: Callable[[PatchReader, Cursor], Iterator[PatchBatch]] = PatchReader.batches
+    """Reads this process's part of every step from a cursor on."""
     command: str = field(default_factory=provenance.command)
     """What a person typed to start the run, for the model card."""
     total: Callable[[list[float]], list[float]] = lambda values: values
@@ -481,25 +483,37 @@ def _objective(config: RunConfig, inputs: Inputs, state: TrainState, worker: Wor
     return objective.to(worker.device)
 
 
+def patch_reader(config: RunConfig, index: ShardIndex, *, rank: int = 0, world_size: int = 1) -> PatchReader:
+    """What reads the patches of a run for one worker."""
+    labels = label_columns(config.terms, index) if _asks_teacher(config) else ()
+    return PatchReader(
+        store=open_store(config.data.shards, config.store),
+        index=index,
+        data=config.data,
+        scale=config.model.scale,
+        context=build_degradation(config.data.degradation, config.model.scale).context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        columns=("image", *labels),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
 def _pairs(
     config: RunConfig, inputs: Inputs, start: Cursor, worker: Worker
 ) -> Iterator[tuple[PairBatch, Cursor]]:
-    scale = config.model.scale
-    degradation = build_degradation(config.data.degradation, scale)
-    reader = PatchReader(
-        store=open_store(config.data.shards, config.store),
-        index=inputs.index,
-        data=config.data,
-        scale=scale,
-        context=degradation.context,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        columns=("image", *(label_columns(config.terms, inputs.index) if inputs.teachers else ())),
-        rank=worker.rank,
-        world_size=worker.world_size,
+    if config.data.reader == "ray_data" and worker.batches is PatchReader.batches:
+        raise RequestError(
+            "data.reader ray_data feeds the workers of jobs/distill.py and jobs/train_teacher.py only, and "
+            "this run is none of theirs; set it to lanes"
+        )
+    degradation = build_degradation(config.data.degradation, config.model.scale)
+    reader = patch_reader(config, inputs.index, rank=worker.rank, world_size=worker.world_size)
+    make = PairMaker(
+        degradation, config.model.scale, degradation.context, config.model.channels, worker.device
     )
-    make = PairMaker(degradation, scale, degradation.context, config.model.channels, worker.device)
-    return ((make(batch), batch.cursor) for batch in reader.batches(start))
+    return ((make(batch), batch.cursor) for batch in worker.batches(reader, start))
 
 
 def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, ...]:

@@ -164,6 +164,23 @@ def test_every_cursor_of_two_epochs_continues_exactly(place):
         assert np.array_equal(follower.hr, whole[begin].hr)
 
 
+def test_row_groups_as_a_whole_give_the_patches_that_lanes_give_in_that_epoch(place, monkeypatch):
+    monkeypatch.setattr(pairs, "CUT_AT_ONCE", 4)
+    reader, per_epoch = reader_of(place), 3 * len(TRAINED)
+    whole = take(reader, 2 * per_epoch)
+    for epoch in (0, 1):
+        steps = whole[epoch * per_epoch : (epoch + 1) * per_epoch]
+        by_lane = Counter(patch.tobytes() for batch in steps for patch in batch.hr)
+        groups = [list(reader.patches_of_group(epoch, place)) for place in range(reader.num_groups)]
+        parts = [part["hr"] for group in groups for part in group]
+        assert by_lane == Counter(patch.tobytes() for part in parts for patch in part)
+        assert max(map(len, parts)) <= 4
+        assert reader.epoch_at((epoch + 1) * per_epoch - 1) == epoch
+        assert reader.epoch_at((epoch + 1) * per_epoch) == epoch + 1
+    batch = reader.batch_of({"hr": whole[0].hr}, 1)
+    assert batch.seeds == whole[0].seeds and batch.cursor == whole[0].cursor
+
+
 def test_each_patch_of_each_step_has_a_degradation_of_its_own(place):
     seeds = [seed for batch in take(reader_of(place, batch_size=4), 3) for seed in batch.seeds]
     assert len(set(seeds)) == 12
