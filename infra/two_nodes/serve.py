@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
-START_SECONDS = 600
+START_SECONDS, ATTEMPTS = 200, 3
 STOP_SECONDS = 40
 JOB_STOP_SECONDS = 60
 """What a driver has to write its last checkpoint when its job is stopped; Ray alone would give it three."""
@@ -91,21 +91,9 @@ def two_nodes(
         cluster.token_path.write_text(secrets.token_hex(32))
         given = _environment(os.environ if environment is None else environment, cluster)
         with contextlib.ExitStack() as nodes:
-            log = nodes.enter_context((folder / "log").open("wb"))
             for number, flags in enumerate((_head(folder, head), _worker(cluster, worker))):
                 command = [*_ray_start(), *flags, f"--num-cpus={num_cpus[number]}"]
-                # In groups of their own, so that Ctrl-C reaches this program first.
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=given,
-                    cwd=folder,
-                    process_group=0,
-                )
-                nodes.callback(_stop, process)
-                _wait_for(number + 1, cluster, process, folder / "log")
+                nodes.callback(_stop, _started(command, given, cluster, num_nodes=number + 1))
             yield cluster
 
 
@@ -160,15 +148,42 @@ def _worker(cluster: TwoNodes, ports: Mapping[str, int]) -> Iterator[str]:
     yield from (f"--{name}={port}" for name, port in ports.items())
 
 
-def _wait_for(num_nodes: int, cluster: TwoNodes, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Return when that many nodes are alive."""
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], cluster: TwoNodes, *, num_nodes: int
+) -> "subprocess.Popen[bytes]":
+    """One node, when as many are alive; begun again when Ray gives up, as it does on a busy machine."""
+    log = cluster.token_path.with_name("log")
+    for _ in range(ATTEMPTS):
+        with log.open("wb") as output:
+            # In a group of its own, so that Ctrl-C reaches this program first.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=log.parent,
+                process_group=0,
+            )
+        try:
+            if _is_there(num_nodes, cluster, process):
+                return process
+        except BaseException:
+            _stop(process)
+            raise
+        _stop(process)
+    last_words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise RuntimeError(f"node {num_nodes} did not start:\n{last_words}")
+
+
+def _is_there(num_nodes: int, cluster: TwoNodes, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait until that many nodes are alive; False when the newest ends, or does not come."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         if cluster.num_nodes() >= num_nodes:
-            return
+            return True
         time.sleep(0.2)
-    last_words = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise RuntimeError(f"node {num_nodes} did not start:\n{last_words}")
+    return False
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
