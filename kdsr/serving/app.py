@@ -33,6 +33,7 @@ from kdsr.serving.contract import (
     Wanted,
 )
 from kdsr.serving.docs_page import docs_page
+from kdsr.serving.front import add_page
 from kdsr.serving.keys import Caller, Keys, Quotas
 from kdsr.serving.openapi import UPSCALE, described
 from kdsr.serving.problems import MEDIA_TYPE, Problem
@@ -97,6 +98,7 @@ def build_app(
     app.state.entrance = entrance
     app.add_exception_handler(HTTPException, _http_error)
     add_routes(app, entrance)
+    add_page(app)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
