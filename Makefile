@@ -17,7 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # These make pages, pictures and files for the docs, and measure nothing.
 DRAWS := bench/degradation_samples.py bench/render_results.py bench/join_comparisons.py
-MEASURES := $(filter-out $(DRAWS),$(sort $(wildcard bench/*.py)))
+# These need programs that `make setup` does not bring; each says which.
+APART := bench/serve.py bench/soak.py
+MEASURES := $(filter-out $(DRAWS) $(APART),$(sort $(wildcard bench/*.py)))
 
 .PHONY: demo test lint format bench setup browser clean
 

@@ -95,6 +95,21 @@ def scatter(panels: Mapping[str, Points], *, quantity: str) -> bytes:
     return _png(figure)
 
 
+def latencies(lines: Sequence[Line], *, load: str, quantity: str, saturation: float) -> bytes:
+    """How long answers take over the offered load, up to `saturation`; `steps` of `lines` are loads."""
+    figure, (place,) = _panels(1)
+    colour_of = _colours([line.label for line in lines])
+    for line in lines:
+        _draw(place, line, marker=".", **colour_of(line.label))
+    place.axvline(saturation, color="#999999", linewidth=0.8, linestyle="--")
+    place.set_xlim(left=0)
+    place.set_yscale("log")
+    place.set_xlabel(load)
+    place.set_ylabel(quantity)
+    _legend(figure, [place])
+    return _png(figure)
+
+
 def _panels(count: int, *, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
     # Agg needs no display. Nothing global is touched: pyplot would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
