@@ -355,7 +355,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Files(Path(folder), Pictures(photo_folders(arguments.photos))), arguments)
         bench.run()
-    content = rounded({name: bench.found.pop(name, None) for name in HEAD} | bench.found)
+    content = rounded(dict.fromkeys(HEAD) | bench.found)
     content |= {"title": TITLE, "remarks": REMARKS, "rows": [rounded(row) for row in bench.rows]}
     text = json.dumps(content | provenance.stamp(), indent=1)
     if arguments.json:
