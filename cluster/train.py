@@ -45,9 +45,7 @@ def run(config: RunConfig) -> Card:
     # Ray Train asks the dashboard whether its controller lives, and logs a traceback without one.
     session.connect(config.cluster, dashboard=True)
     session.require_capacity(
-        config.cluster,
-        num_workers=config.cluster.least_workers,
-        reader_cpus=session.READER_CPUS if _by_ray_data(config) else 0.0,
+        config.cluster, num_workers=config.cluster.least_workers, reader_cpus=_reader_cpus(config)
     )
     with lease.held(run_store(config), what=f"run {config.name}") as own, leaving.heard_by_workers() as stop:
         own.when_lost = partial(stop.tell, "another driver has taken over")
@@ -59,7 +57,12 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
     failures, failed_at = 0, -1
     while (card := exported_card(config)) is None:
         begun_at = saved_step(config)
-        session.wait_for_room(config.cluster, num_workers=config.cluster.least_workers, unless=stop.is_told)
+        session.wait_for_room(
+            config.cluster,
+            num_workers=config.cluster.least_workers,
+            reader_cpus=_reader_cpus(config),
+            unless=stop.is_told,
+        )
         if stop.is_told():
             raise _stopped(config, stop)
         try:
@@ -114,7 +117,7 @@ def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:
     if cluster.least_workers < cluster.most_workers:
         # Ray looks at its nodes every 20 s, and before that may plan a worker on one that is gone.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
-    resources: dict[str, float] = {"CPU": session.worker_cpus(cluster)}
+    resources: dict[str, float] = {"CPU": session.worker_cpus(cluster, reader_cpus=_reader_cpus(config))}
     if cluster.use_gpu:
         resources["GPU"] = 1
     filesystem, root = open_store(config.output, config.store).child(config.name).arrow()
@@ -177,6 +180,10 @@ def _work(arguments: dict[str, Any]) -> None:
 
 def _by_ray_data(config: RunConfig) -> bool:
     return config.data.reader == "ray_data"
+
+
+def _reader_cpus(config: RunConfig) -> float:
+    return session.READER_CPUS if _by_ray_data(config) else 0.0
 
 
 def _data_parallel(model: nn.Module) -> nn.Module:
