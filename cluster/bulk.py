@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,7 +53,15 @@ MAX_LISTED_FAILURES = 1000
 STAGES = ("download", "decode", "wait", "net", "encode", "upload")
 
 
-def upscale(config: UpscaleConfig, *, command: str = "") -> Report:
+Watch = Callable[[Plan, "Tally"], None]
+"""Called in the driver before the first image and after each."""
+
+
+def unwatched(_plan: Plan, _tally: "Tally") -> None:
+    """Nobody looks on."""
+
+
+def upscale(config: UpscaleConfig, *, command: str = "", watch: Watch = unwatched) -> Report:
     """Upscale what is not done yet under `config.input`, and return the sums that `report.json` holds.
 
     `command` is what the user typed, for the report. Raises RequestError and UnknownModel before Ray starts,
@@ -70,7 +78,7 @@ def upscale(config: UpscaleConfig, *, command: str = "") -> Report:
         plan = records.plan(records.failed_only(tasks) if config.retry_failed else tasks)
     if plan.pending:
         config = config.model_copy(update={"precision": _agreed_precision(config, records, loaded.model)})
-        _run(config, card, records, plan, tally)
+        _run(config, card, records, plan, tally, watch)
     report = tally.report(plan, config, card, run=run, seconds=time.monotonic() - began)
     if report.failed and command:
         again = "" if config.retry_failed else " --retry_failed"
@@ -206,7 +214,7 @@ class Tally:
 # ---------------------------------------------------------------- driver
 
 
-def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally: Tally) -> None:
+def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally: Tally, watch: Watch) -> None:
     """Do what is pending; every row that arrives reaches the ledger, whatever ends the run."""
     with tally.timed("start Ray"):
         session.connect(config.cluster)
@@ -217,8 +225,10 @@ def _run(config: UpscaleConfig, card: Card, records: Records, plan: Plan, tally:
             _Ledger(records) as ledger,
             _progress(config, plan) as bar,
         ):
+            watch(plan, tally)
             for status in _statuses(config, card, records, plan):
                 tally.add(status)
+                watch(plan, tally)
                 ledger.add(status)
                 _advance(bar, tally)
     except ray.exceptions.RayError as error:

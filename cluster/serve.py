@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster import session
+from cluster.serve_jobs import JobRunner
 from kdsr.config import ServeConfig
 from kdsr.errors import KdsrError
 from kdsr.serving.app import build_app
@@ -123,13 +124,28 @@ class ClusterBackend:
 class Entrance:
     """Reads requests, refuses what can be refused, and hands the rest to replicas."""
 
-    def __init__(self, settings: dict[str, Any], replicas: DeploymentHandle) -> None:
+    def __init__(
+        self, settings: dict[str, Any], replicas: DeploymentHandle, *_jobs: DeploymentHandle
+    ) -> None:
+        """`_jobs` are deployed because they are here; the store is what they have in common."""
         _log_to_stderr()
         self._config = ServeConfig.model_validate(settings)
         self._backend = ClusterBackend(replicas)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._config, self._backend, read_keys(self._config), tells_id=False)
+
+
+class Jobs:
+    """Runs what POST /v1/jobs asked for. There is one."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        _log_to_stderr()
+        JobRunner(ServeConfig.model_validate(settings)).start()
+
+    async def describe(self) -> str:
+        """It lives."""
+        return "running"
 
 
 # ---------------------------------------------------------------- the application
@@ -149,7 +165,16 @@ def app(args: ServeConfig) -> serve.Application:
         max_ongoing_requests=1000,
         **_draining(args),
     )
-    return entrance.bind(settings, replicas.bind(settings, session.worker_threads(args.cluster)))
+    jobs = (
+        [serve.deployment(Jobs).options(ray_actor_options={"num_cpus": 0}).bind(settings)]
+        if args.jobs
+        else []
+    )
+    return entrance.bind(settings, replicas.bind(settings, session.worker_threads(args.cluster)), *jobs)
+
+
+def _jobs_deployment() -> serve.Deployment:
+    return serve.deployment(Jobs).options(num_replicas=1, ray_actor_options={"num_cpus": 0})
 
 
 def _draining(config: ServeConfig) -> dict[str, float]:

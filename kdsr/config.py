@@ -1011,6 +1011,10 @@ class ServedJobsConfig(Frozen):
     """Of one input of a job."""
     max_waiting: int = Field(default=100, ge=1)
     """Jobs of one key that are not finished; beyond it says 429."""
+    max_running: int = Field(default=1, ge=1)
+    """Jobs that run at once."""
+    cluster: ClusterConfig = ClusterConfig(cpus_per_worker=0.5)
+    """Workers of each job, beside the replicas."""
 
 
 class ServeConfig(Frozen):

@@ -5,9 +5,9 @@ import hashlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -33,42 +33,15 @@ from kdsr.serving.contract import (
     Wanted,
 )
 from kdsr.serving.docs_page import docs_page
+from kdsr.serving.entrance import Backend, Entrance, idempotency_key, query_of
 from kdsr.serving.front import add_page
+from kdsr.serving.job_routes import JobRoutes
 from kdsr.serving.keys import Caller, Keys, Quotas
-from kdsr.serving.openapi import UPSCALE, described
+from kdsr.serving.openapi import JOBS, UPSCALE, described
 from kdsr.serving.problems import MEDIA_TYPE, Problem
 from kdsr.serving.replays import Replays
-from kdsr.serving.telemetry import Telemetry
 
 logger = logging.getLogger("kdsr.serving")
-
-
-class Backend(Protocol):
-    """What the application asks of whoever holds the networks. Both raise Problem."""
-
-    async def describe(self) -> Description:
-        """What is served now."""
-
-    async def upscale(self, call: Call) -> Result | Refusal:
-        """The result, or why there is none. Being cancelled means that the caller left."""
-
-
-@dataclass
-class Entrance:
-    """What one process at the entrance knows and remembers."""
-
-    config: ServeConfig
-    backend: Backend
-    keys: Keys
-    quotas: Quotas
-    replays: Replays[tuple[Result, dict[str, str]]]
-    telemetry: Telemetry = field(default_factory=Telemetry)
-    waiting_bytes: int = 0
-
-    @property
-    def limits(self) -> LimitsConfig:
-        """Those of the configuration."""
-        return self.config.limits
 
 
 def build_app(
@@ -198,7 +171,29 @@ def add_routes(app: FastAPI, entrance: Entrance) -> None:
         ("/metrics", ["GET"], metrics, described("metrics")),
     ):
         app.add_api_route(path, answering(handler), methods=methods, response_model=None, **documentation)
+    if entrance.config.jobs is not None:
+        _add_job_routes(app, entrance, JobRoutes(entrance, entrance.config.jobs))
     app.add_api_route("/docs", answering(docs), methods=["GET"], include_in_schema=False, response_model=None)
+
+
+def _add_job_routes(app: FastAPI, entrance: Entrance, routes: JobRoutes) -> None:
+    def known(work: Callable[[Request, Caller], Awaitable[Response]]) -> Handler:
+        async def handler(request: Request) -> Response:
+            caller = entrance.keys.caller(request.headers)
+            request.state.caller = caller.name
+            return await work(request, caller)
+
+        return handler
+
+    for path, method, work, documentation in (
+        ("/v1/jobs", "POST", routes.create, JOBS["create"]),
+        ("/v1/jobs/{id}", "GET", routes.show, JOBS["show"]),
+        ("/v1/jobs/{id}", "DELETE", routes.cancel, JOBS["cancel"]),
+        ("/v1/jobs/{id}/result", "GET", routes.result, JOBS["result"]),
+    ):
+        app.add_api_route(
+            path, answering(known(work)), methods=[method], response_model=None, **documentation
+        )
 
 
 def public_limits(limits: LimitsConfig) -> dict[str, int]:
@@ -227,7 +222,7 @@ async def _gauges(entrance: Entrance) -> dict[str, float]:
 async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Response:
     began = perf_counter()
     # Before the body is read: a wrong option costs nobody an upload.
-    query = contract.read_options(_query(request))
+    query = contract.read_options(query_of(request))
     description = await entrance.backend.describe()
     description.model(query.model)
     length = _announced(request, entrance.limits)
@@ -240,15 +235,6 @@ async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Resp
         return await _answer(request, entrance, caller, order, began)
     finally:
         entrance.waiting_bytes -= length
-
-
-def _query(request: Request) -> dict[str, str]:
-    pairs = request.query_params.multi_items()
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise Problem("invalid-option", f"{twice[:40]!r} is given twice")
-    return dict(pairs)
 
 
 def _announced(request: Request, limits: LimitsConfig) -> int:
@@ -273,7 +259,7 @@ class _Order:
 
 async def _order(request: Request, entrance: Entrance, body: Body, description: Description) -> _Order:
     """Everything that can be refused without decoding a pixel is refused here."""
-    options = contract.read_options(_query(request), body.fields)
+    options = contract.read_options(query_of(request), body.fields)
     model = description.model(options.model)
     network = model.network_for(options.scale)
     data = await _image(body)
@@ -311,7 +297,8 @@ async def _answer(
     headers = _headers(order)
     if contract.matches(request.headers.get("if-none-match", ""), order.etag):
         raise Problem("same-result", "If-None-Match names this result; nothing was done", headers=headers)
-    key = _idempotency_key(request, caller)
+    given = idempotency_key(request)
+    key = None if given is None else (caller.name, given)
     if key is not None and (kept := entrance.replays.begin(key, order.etag)) is not None:
         return _image_response(kept[0], kept[1] | {"Idempotency-Replayed": "true"})
     try:
@@ -353,15 +340,6 @@ async def _result(
         raise answer.problem()
     _count(entrance, order, answer)
     return answer
-
-
-def _idempotency_key(request: Request, caller: Caller) -> tuple[str, str] | None:
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return None
-    if not re.fullmatch(r"[\x21-\x7e]{1,128}", key):
-        raise Problem("bad-request", "Idempotency-Key: expected 1 to 128 visible ASCII characters")
-    return caller.name, key
 
 
 def _headers(order: _Order) -> dict[str, str]:

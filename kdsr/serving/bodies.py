@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from kdsr.config import LimitsConfig
+from kdsr.serving.contract import json_object
 from kdsr.serving.problems import Problem
 
 ROOM_FOR_FIELDS = 64 * 2**10
@@ -49,18 +49,23 @@ async def read_body(request: Request, limits: LimitsConfig) -> Body:
 
 async def read_bytes(request: Request, most: int, limits: LimitsConfig) -> bytes:
     """The body, `most` bytes at most. Raises Problem 413 as soon as it is longer, 408 when it is slow."""
-    _check_length(request.headers, most)
+    check_length(request.headers, most)
     received = bytearray()
-    async for chunk in timely(request.stream(), limits):
+    async for chunk in timely(request.stream(), limits, seconds=limits.body_seconds):
         received += chunk
         if len(received) > most:
-            raise _too_long(most)
+            raise too_long(most)
     return bytes(received)
 
 
-async def timely(chunks: AsyncIterator[bytes], limits: LimitsConfig) -> AsyncIterator[bytes]:
-    """The chunks of a body. Raises Problem 408 when it pauses or takes too long, 400 when it breaks off."""
-    end = asyncio.get_running_loop().time() + limits.body_seconds
+async def timely(
+    chunks: AsyncIterator[bytes], limits: LimitsConfig, *, seconds: float
+) -> AsyncIterator[bytes]:
+    """The chunks of a body, which has `seconds` in all.
+
+    Raises Problem 408 when it pauses or takes too long, 400 when it breaks off.
+    """
+    end = asyncio.get_running_loop().time() + seconds
     while True:
         left = end - asyncio.get_running_loop().time()
         try:
@@ -71,7 +76,7 @@ async def timely(chunks: AsyncIterator[bytes], limits: LimitsConfig) -> AsyncIte
         except TimeoutError:
             raise Problem(
                 "slow-body",
-                f"the body must arrive within {limits.body_seconds:g} seconds and without pauses of "
+                f"the body must arrive within {seconds:g} seconds and without pauses of "
                 f"more than {limits.idle_seconds:g}",
                 headers={"Connection": "close"},
             ) from None
@@ -80,13 +85,15 @@ async def timely(chunks: AsyncIterator[bytes], limits: LimitsConfig) -> AsyncIte
         yield chunk
 
 
-def _check_length(headers: Mapping[str, str], most: int) -> None:
+def check_length(headers: Mapping[str, str], most: int) -> None:
+    """Raise Problem 413 when the header announces more than `most` bytes."""
     length = headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:18]) > most:
-        raise _too_long(most)
+        raise too_long(most)
 
 
-def _too_long(most: int) -> Problem:
+def too_long(most: int) -> Problem:
+    """The problem of a body that is longer."""
     return Problem(
         "body-too-large", f"more than the {most} bytes that are taken in one request; send it to /v1/jobs"
     )
@@ -102,12 +109,7 @@ def _not_empty(data: bytes) -> bytes:
 
 
 def _json(data: bytes, most: int) -> Body:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        raise Problem("bad-request", "the body is not valid JSON") from None
-    if not isinstance(content, dict):
-        raise Problem("bad-request", 'expected a JSON object, {"image": BASE64}')
+    content = json_object(data)
     fields = dict(content)
     image, url = fields.pop("image", None), fields.pop("url", None)
     if (image is None) == (url is None):
@@ -134,7 +136,7 @@ def _decoded(text: str, most: int) -> bytes:
     except (binascii.Error, ValueError):
         raise Problem("bad-request", '"image" is not valid base64') from None
     if len(data) > most:
-        raise _too_long(most)
+        raise too_long(most)
     return data
 
 
@@ -172,7 +174,7 @@ async def _parsed(data: bytes, content_type: str, limits: LimitsConfig) -> Body:
         raise Problem("bad-request", f"expected one file in the field named file, found {found}")
     image = _not_empty(await files["file"].read())
     if len(image) > limits.max_body_bytes:
-        raise _too_long(limits.max_body_bytes)
+        raise too_long(limits.max_body_bytes)
     return Body(image, _texts(form))
 
 

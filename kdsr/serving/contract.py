@@ -37,6 +37,17 @@ _ALIASES = {
 FORMAT_OF = {media_type: name for name, media_type in MEDIA_TYPES.items()} | _ALIASES
 
 
+def json_object(data: bytes) -> dict[str, Any]:
+    """What a JSON body holds. Raises Problem 400."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Problem("bad-request", "the body is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise Problem("bad-request", "expected a JSON object")
+    return content
+
+
 def _not_empty(value: object) -> object:
     """An empty form field is one that was left alone."""
     return None if value == "" else value

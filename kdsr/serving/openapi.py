@@ -134,3 +134,73 @@ UPSCALE: dict[str, Any] = {
         *("reused-key", "busy", "quota", "loading", "worker-lost", "deadline"),
     ),
 }
+
+
+def _job(name: str, summary: str, status: int, *kinds: str, **extra: Any) -> dict[str, Any]:
+    path = [] if name == "create" else [_ID]
+    content = {"application/json": {"schema": JOB_SCHEMA}}
+    return {
+        "name": f"job_{name}",
+        "summary": summary,
+        "openapi_extra": {"parameters": path + extra.pop("parameters", [])} | extra,
+        "responses": {status: {"description": "The job", "content": content}}
+        | problems("unauthorized", "store-unavailable", *kinds),
+    }
+
+
+_ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "As POST /v1/jobs gave it.",
+    "schema": {"type": "string"},
+}
+JOB_SCHEMA = {
+    "type": "object",
+    "required": ["id", "state", "created", "listed", "done", "failed"],
+    "properties": {
+        "id": {"type": "string"},
+        "state": {"type": "string", "enum": ["queued", "running", "done", "failed", "cancelled"]},
+        "created": {"type": "string"},
+        "listed": {"type": "integer"},
+        "done": {"type": "integer"},
+        "failed": {"type": "integer"},
+        "output_megapixels": {"type": "number"},
+        "message": {"type": "string"},
+        "failures": {"type": "object"},
+        "result": {"type": "string"},
+    },
+}
+_JOB_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["input", "output"],
+                "properties": {
+                    "input": {"type": "string", "description": "Folder or prefix of images"},
+                    "output": {"type": "string", "description": "Folder or prefix of results"},
+                    "include": {"type": "array", "items": {"type": "string"}},
+                }
+                | Options.model_json_schema()["properties"],
+            }
+        },
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "create": _job(
+        "create",
+        "Upscale a prefix of images, or one large image, in the background",
+        202,
+        *("bad-request", "forbidden", "slow-body", "body-too-large", "unsupported-media-type"),
+        *("invalid-option", "reused-key", "busy", "loading"),
+        parameters=_parameters(),
+        requestBody=_JOB_BODY,
+    ),
+    "show": _job("show", "How far a job is", 200, "not-found"),
+    "cancel": _job("cancel", "Stop a job; what is done stays", 200, "not-found", "conflict"),
+    "result": _job("result", "The file that an uploaded image became", 200, "not-found", "conflict"),
+}

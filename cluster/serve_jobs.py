@@ -1,0 +1,138 @@
+"""Runs the jobs that the entrance wrote down, one Ray task each, and writes down what becomes of them.
+
+The records in the store are all that is remembered: whoever starts this anew goes on with what is left.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from cluster import bulk
+from kdsr.checkpoint import load_card
+from kdsr.config import ServeConfig
+from kdsr.errors import CheckpointCorrupt, KdsrError
+from kdsr.manifest import Plan
+from kdsr.serving.jobs import (
+    MAX_SHOWN_FAILURES,
+    JobCounts,
+    JobOutcome,
+    JobRequest,
+    open_records,
+)
+from kdsr.serving.problems import Problem
+
+logger = logging.getLogger("kdsr.serving")
+
+POLL_SECONDS = 2.0
+"""How soon a new or cancelled job is noticed, and how often progress is written down."""
+MAX_LOSSES = 3
+"""A job whose process died so often is given up."""
+
+
+@dataclass
+class JobRunner:
+    """One loop that starts, watches and ends jobs."""
+
+    config: ServeConfig
+    _running: dict[str, "ray.ObjectRef[Any]"] = field(default_factory=dict)
+    _losses: Counter[str] = field(default_factory=Counter)
+
+    def start(self) -> None:
+        """Run the loop in a thread for as long as the process lives."""
+        threading.Thread(target=self._loop, name="jobs", daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                self.look()
+            except KdsrError as error:
+                logger.warning("jobs: %s", error)
+            time.sleep(POLL_SECONDS)
+
+    def look(self) -> None:
+        """Begin what may begin, and end what has ended or shall end."""
+        assert self.config.jobs is not None
+        records = open_records(self.config.jobs, self.config.store)
+        for owner, id_ in list(records.unfinished()):
+            try:
+                job = records.get(id_, owner=owner)
+            except Problem:
+                continue  # The entrance has not written the request yet, or died before it did.
+            if job.outcome is not None:
+                records.finish(id_, owner, job.outcome)
+            elif job.state == "cancelled":
+                self._kill(id_)
+                records.finish(id_, owner, JobOutcome(state="cancelled", counts=job.counts))
+            elif id_ in self._running:
+                if (outcome := self._outcome(id_)) is not None:
+                    records.finish(id_, owner, outcome)
+            elif len(self._running) < self.config.jobs.max_running:
+                self._begin(id_, job.request)
+
+    def _begin(self, id_: str, request: JobRequest) -> None:
+        settings = self.config.model_dump(mode="json", include={"jobs", "store"})
+        work = ray.remote(num_cpus=0, max_retries=0)(run_job)
+        self._running[id_] = work.remote(id_, request, settings)
+
+    def _kill(self, id_: str) -> None:
+        """The task's process, and with it the workers that it owns."""
+        if id_ in self._running:
+            ray.cancel(self._running.pop(id_), force=True)
+
+    def _outcome(self, id_: str) -> JobOutcome | None:
+        """How a task ended; None while it runs, or when it was lost and is to begin again."""
+        done, _ = ray.wait([self._running[id_]], timeout=0)
+        if not done:
+            return None
+        task = self._running.pop(id_)
+        try:
+            return JobOutcome.model_validate(ray.get(task))
+        except RayError as error:
+            logger.exception("job %s was lost", id_)
+            self._losses[id_] += 1
+            if isinstance(error, RayTaskError) or self._losses[id_] >= MAX_LOSSES:
+                return JobOutcome(state="failed", message="an error on our side; it is in the log")
+            return None
+
+
+def run_job(id_: str, request: JobRequest, settings: dict[str, Any]) -> dict[str, Any]:
+    """Do the whole of a job, or what is left of it; a JobOutcome as plain values."""
+    config = ServeConfig.model_validate(settings)
+    assert config.jobs is not None
+    records, wanted = (
+        open_records(config.jobs, config.store),
+        request.upscale_config(config.jobs, config.store),
+    )
+    last = 0.0
+
+    def watch(plan: Plan, tally: bulk.Tally) -> None:
+        nonlocal last
+        if time.monotonic() - last > POLL_SECONDS:
+            last = time.monotonic()
+            records.progress(
+                id_, _counts(plan.listed, plan.skipped + tally.done, tally.failed, tally.megapixels)
+            )
+
+    try:
+        if load_card(wanted.model, wanted.store).sha256 != request.network_sha256:
+            raise CheckpointCorrupt("the model was replaced before the job began; send it again")
+        report = bulk.upscale(wanted, watch=watch)
+    except KdsrError as error:
+        return JobOutcome(state="failed", message=str(error)).model_dump()
+    counts = _counts(report.listed, report.done + report.skipped, report.failed, report.output_megapixels)
+    return JobOutcome(
+        state="done" if report.ok and report.listed else "failed",
+        message="" if report.listed else "there are no images at the input",
+        counts=counts,
+        failures=dict(list(report.failed_keys.items())[:MAX_SHOWN_FAILURES]),
+    ).model_dump()
+
+
+def _counts(listed: int, done: int, failed: int, megapixels: float) -> JobCounts:
+    return JobCounts(listed=listed, done=done, failed=failed, output_megapixels=round(megapixels, 3))

@@ -1,0 +1,200 @@
+"""POST, GET and DELETE under /v1/jobs: what is too big or too many for one request."""
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from kdsr import codecs
+from kdsr.config import ServedJobsConfig
+from kdsr.errors import DataError, RequestError, StoreError
+from kdsr.serving import contract
+from kdsr.serving.bodies import RAW_TYPES, check_length, read_bytes, timely, too_long
+from kdsr.serving.contract import MEDIA_TYPES, Description
+from kdsr.serving.entrance import Entrance, idempotency_key, query_of
+from kdsr.serving.jobs import (
+    FINISHED,
+    Job,
+    JobRecords,
+    allowed_place,
+    job_id,
+    open_records,
+    request_of,
+)
+from kdsr.serving.keys import Caller
+from kdsr.serving.problems import Problem, problem_of
+from kdsr.store import Store
+
+MAX_UPLOADS = 4
+"""Uploads that are on their way to this entrance's disk at once."""
+MAX_REQUEST_BYTES = 64 * 2**10
+CHUNK_BYTES = 2**20
+HINT = 'send {"input": URI, "output": URI} as application/json, or one image with Content-Type: image/...'
+
+
+class JobRoutes:
+    """What the paths do. Each answer is for the caller whose key came with the request."""
+
+    def __init__(self, entrance: Entrance, jobs: ServedJobsConfig) -> None:
+        self._entrance, self._jobs = entrance, jobs
+        self._records: JobRecords = open_records(jobs, entrance.config.store)
+        self._uploads = 0
+
+    async def create(self, request: Request, caller: Caller) -> Response:
+        """202 and where to ask."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        description = await self._entrance.backend.describe()
+        if await _stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
+            raise Problem("busy", f"{self._jobs.max_waiting} jobs of this key are not finished", 60)
+        if kind == "application/json":
+            job = await self._from_places(request, caller, description)
+        elif kind.startswith("image/") or kind in RAW_TYPES:
+            job = await self._from_upload(request, caller, description)
+        else:
+            raise Problem("unsupported-media-type", f"Content-Type {kind[:60] or 'is missing'!r}: {HINT}")
+        return _shown(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+
+    async def show(self, request: Request, caller: Caller) -> Response:
+        """How far it is."""
+        return _shown(await self._get(request, caller), 200)
+
+    async def cancel(self, request: Request, caller: Caller) -> Response:
+        """No further image is begun; what is done stays."""
+        job = await self._get(request, caller)
+        if job.state in ("done", "failed"):
+            raise Problem("conflict", f"the job is {job.state} already")
+        await _stored(self._records.cancel, job.id)
+        return _shown(await self._get(request, caller), 200)
+
+    async def result(self, request: Request, caller: Caller) -> Response:
+        """The file that an uploaded image became."""
+        job = await self._get(request, caller)
+        if not job.request.is_upload:
+            raise Problem("not-found", "the results of this job are at its output")
+        if job.state not in FINISHED:
+            raise Problem("conflict", f"the job is {job.state}; ask again later", retry_after=2)
+        info = await _stored(self._records.result, job.id)
+        if info is None:
+            raise Problem("not-found", "the job left no result; its message says why")
+        head = await _stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
+        return StreamingResponse(
+            _parts(self._records.store, info.key, info.size),
+            media_type=MEDIA_TYPES[codecs.identify(head)],
+            headers={"Content-Length": str(info.size), "ETag": f'"{info.etag}"'},
+        )
+
+    async def _get(self, request: Request, caller: Caller) -> Job:
+        return await _stored(self._records.get, request.path_params["id"], owner=caller.name)
+
+    async def _from_places(self, request: Request, caller: Caller, description: Description) -> Job:
+        content = _json(await read_bytes(request, MAX_REQUEST_BYTES, self._entrance.limits))
+        include = content.pop("include", [])
+        if not isinstance(include, list) or not all(isinstance(pattern, str) for pattern in include):
+            raise Problem("invalid-option", "include: expected a list of patterns")
+        places = (
+            allowed_place(_text(content, "input"), self._jobs.inputs, what="input"),
+            allowed_place(_text(content, "output"), self._jobs.outputs, what="output"),
+        )
+        options = contract.read_options(query_of(request), content)
+        model = description.model(options.model)
+        wanted = request_of(
+            options,
+            model.network_for(options.scale),
+            owner=caller.name,
+            model=model.name,
+            places=places,
+            include=tuple(include),
+        )
+        id_ = job_id(caller.name, idempotency_key(request))
+        return await _stored(self._records.create, id_, wanted)
+
+    async def _from_upload(self, request: Request, caller: Caller, description: Description) -> Job:
+        options = contract.read_options(query_of(request))
+        model = description.model(options.model)
+        check_length(request.headers, self._jobs.max_upload_bytes)
+        if self._uploads >= MAX_UPLOADS:
+            raise Problem("busy", "too many uploads are on their way already; try again later", 5)
+        self._uploads += 1
+        try:
+            with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
+                digest = await self._receive(request, file)
+                suffix = await asyncio.to_thread(_suffix, Path(file.name))
+                id_ = job_id(caller.name, idempotency_key(request))
+                places = await _stored(self._records.put_upload, id_, digest[:32] + suffix, Path(file.name))
+        finally:
+            self._uploads -= 1
+        wanted = request_of(
+            options,
+            model.network_for(options.scale),
+            owner=caller.name,
+            model=model.name,
+            places=places,
+            upload_sha256=digest,
+        )
+        return await _stored(self._records.create, id_, wanted)
+
+    async def _receive(self, request: Request, file: IO[bytes]) -> str:
+        """The body into `file`; its sha256."""
+        limits, digest, size = self._entrance.limits, hashlib.sha256(), 0
+        # As slow as a body of a plain request may be.
+        factor = max(1.0, self._jobs.max_upload_bytes / limits.max_body_bytes)
+        async for chunk in timely(request.stream(), limits, seconds=factor * limits.body_seconds):
+            size += len(chunk)
+            if size > self._jobs.max_upload_bytes:
+                raise too_long(self._jobs.max_upload_bytes)
+            digest.update(chunk)
+            await asyncio.to_thread(file.write, chunk)
+        file.flush()
+        if not size:
+            raise Problem("bad-request", f"the body is empty; {HINT}")
+        return digest.hexdigest()
+
+
+async def _stored(work: Any, *arguments: Any, **named: Any) -> Any:
+    """`work` with the store in a thread, with its errors as problems."""
+    try:
+        return await asyncio.to_thread(work, *arguments, **named)
+    except (StoreError, RequestError) as error:
+        raise problem_of(error) from error
+
+
+def _shown(job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
+    waiting = {} if job.state in FINISHED else {"Retry-After": "2"}
+    return JSONResponse(
+        job.shown(), status, headers={**(headers or {}), **waiting, "Cache-Control": "no-store"}
+    )
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    content = contract.json_object(data)
+    if not {"input", "output"} <= content.keys():
+        raise Problem("bad-request", HINT)
+    return content
+
+
+def _text(content: dict[str, Any], name: str) -> str:
+    value = content.pop(name)
+    if not isinstance(value, str):
+        raise Problem("invalid-option", f"{name}: expected a text")
+    return value
+
+
+def _suffix(path: Path) -> str:
+    """The usual ending for what is in the file. Raises Problem 415."""
+    with path.open("rb") as file:
+        head = file.read(codecs.HEAD_BYTES)
+    try:
+        kind = codecs.identify(head)
+    except DataError as error:
+        raise Problem("unsupported-media-type", str(error)) from None
+    return ".heic" if kind == "heic" else codecs.suffix(kind)
+
+
+def _parts(store: Store, key: str, size: int) -> Iterator[bytes]:
+    for start in range(0, size, CHUNK_BYTES):
+        yield store.get(key, start=start, length=CHUNK_BYTES)
