@@ -34,6 +34,7 @@ from kdsr.serving.contract import (
 )
 from kdsr.serving.docs_page import docs_page
 from kdsr.serving.entrance import Backend, Entrance, idempotency_key, query_of
+from kdsr.serving.fetch import Fetcher
 from kdsr.serving.front import add_page
 from kdsr.serving.job_routes import JobRoutes
 from kdsr.serving.keys import Caller, Keys, Quotas
@@ -262,7 +263,7 @@ async def _order(request: Request, entrance: Entrance, body: Body, description: 
     options = contract.read_options(query_of(request), body.fields)
     model = description.model(options.model)
     network = model.network_for(options.scale)
-    data = await _image(body)
+    data = await _image(entrance, body)
     header, digest = await asyncio.to_thread(_inspect, data)
     accept = request.headers.get("accept", "*/*")
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
@@ -270,10 +271,13 @@ async def _order(request: Request, entrance: Entrance, body: Body, description: 
     return _Order(data, header, model, network, wanted, pixels, contract.etag_of(digest, network, wanted))
 
 
-async def _image(body: Body) -> bytes:
+async def _image(entrance: Entrance, body: Body) -> bytes:
     if body.image is not None:
         return body.image
-    raise Problem("forbidden", "this server does not fetch URLs; send the image itself")
+    if not entrance.config.fetch_urls:
+        raise Problem("forbidden", "this server does not fetch URLs; send the image itself")
+    fetcher = Fetcher(entrance.limits.max_body_bytes, entrance.limits.body_seconds)
+    return await asyncio.to_thread(fetcher.get, str(body.url))
 
 
 def _inspect(data: bytes) -> tuple[ImageHeader, str]:

@@ -1,3 +1,5 @@
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdsr.engine import Engine
-from kdsr.errors import DataError, ImageUnsupported, RequestError
+from kdsr.errors import Abandoned, DataError, ImageUnsupported, RequestError
 from kdsr.image import Image
 from kdsr.models import build_model
 from kdsr.models.contract import SrModel
@@ -28,6 +30,7 @@ from kdsr.spec import (
     SwinLightSpec,
     UnetSpec,
 )
+from kdsr.turns import Claim
 from kdsr.upscale import (
     BLEED_LEVELS,
     BYTES_PER_OUTPUT_PIXEL,
@@ -424,3 +427,81 @@ def test_one_bad_image_does_not_fail_its_neighbours():
         upscaler = Upscaler(engine, compute=compute)
         found = list(threads.map(outcome, images))
     assert found == ["failed" if number == 11 else (48, 48, 3) for number in range(30)]
+
+
+# ---------------------------------------------------------------- turns
+
+
+class Counting(Engine):
+    """Counts tiles, and lets each wait until it may go on."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.seen, self.gate = [], threading.Semaphore(0)
+
+    def run(self, tiles):
+        self.gate.acquire(timeout=60)
+        self.seen.append(tiles.shape[1])
+        return super().run(tiles)
+
+
+@pytest.fixture
+def slow():
+    engine = Counting(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    with ComputeThreads(1) as compute, ThreadPoolExecutor(4) as threads:
+        yield engine, Upscaler(engine, tile_size=32, compute=compute), threads
+        engine.gate.release(1000)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_small_image_passes_a_huge_one_and_both_are_as_when_alone(slow):
+    engine, upscaler, threads = slow
+    huge, small = picture(320, 320, seed=1), picture(20, 20, seed=2)
+    first = threads.submit(upscaler.upscale, huge, Claim())
+    wait_for(lambda: len(upscaler._compute.turns) == 99)
+    second = threads.submit(upscaler.upscale, small, Claim())
+    wait_for(lambda: len(upscaler._compute.turns) == 100)
+    engine.gate.release(3)
+    assert second.result(60).pixels.shape == (40, 40, 3)
+    assert len(engine.seen) <= 3
+    engine.gate.release(1000)
+    assert first.result(60).pixels.shape == (640, 640, 3)
+
+
+@pytest.mark.parametrize("ending", ["withdrawn", "past its deadline"])
+def test_an_image_that_nobody_waits_for_costs_no_more_tiles(slow, ending):
+    engine, upscaler, threads = slow
+    claim = Claim(deadline=time.monotonic() + (1 if ending == "past its deadline" else 3600))
+    image = threads.submit(upscaler.upscale, picture(320, 320, seed=1), claim)
+    wait_for(lambda: len(upscaler._compute.turns) == 99)
+    if ending == "withdrawn":
+        claim.withdraw()
+    wait_for(lambda: claim.is_over)
+    engine.gate.release(1000)
+    with pytest.raises(Abandoned):
+        image.result(60)
+    assert len(engine.seen) == 1
+
+
+def test_upscalers_that_share_threads_take_turns_too(slow):
+    engine, upscaler, threads = slow
+    other = Upscaler(engine, tile_size=32, compute=upscaler._compute)
+    first = threads.submit(upscaler.upscale, picture(320, 320, seed=1), Claim())
+    wait_for(lambda: len(upscaler._compute.turns) == 99)
+    second = threads.submit(other.upscale, picture(20, 20, seed=2), Claim())
+    wait_for(lambda: len(upscaler._compute.turns) == 100)
+    engine.gate.release(3)
+    second.result(60)
+    assert not first.done()
+
+
+def test_a_claim_knows_what_its_tiles_took(engine):
+    claim = Claim()
+    Upscaler(engine, tile_size=16).upscale(picture(40, 40, seed=1), claim)
+    assert claim.seconds > 0 and claim.largest_batch == 1 and claim.began is not None
