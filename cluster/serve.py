@@ -5,9 +5,12 @@ args. Knows no pixels: encoded bytes go to a replica, and encoded bytes come bac
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 import math
 import time
+import uuid
 from typing import Any
 
 import ray
@@ -29,6 +32,7 @@ from kdsr.serving.keys import read_keys
 from kdsr.serving.problems import Problem
 
 APP_NAME = "kdsr"
+_THIS_PROCESS = uuid.uuid4().hex
 ENTRANCE_CPUS = 0.1
 """It mostly waits; what it hashes and reads from headers is little."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
@@ -157,24 +161,29 @@ def app(args: ServeConfig) -> serve.Application:
     # Models come by user_config: another table of them is no reason to start a replica anew.
     settings = args.model_dump(mode="json", exclude={"models"})
     models = args.model_dump(mode="json", include={"models"})
-    replicas = serve.deployment(Replica).options(**_replica_options(args), user_config=models)
-    entrance = serve.deployment(serve.ingress()(Entrance)).options(
+    replicas = _unchanged(serve.deployment(Replica), settings).options(
+        **_replica_options(args), user_config=models
+    )
+    entrance = _unchanged(serve.deployment(serve.ingress()(Entrance)), settings).options(
         name="Entrance",
         num_replicas=args.entrances,
         ray_actor_options={"num_cpus": ENTRANCE_CPUS},
         max_ongoing_requests=1000,
         **_draining(args),
     )
-    jobs = (
-        [serve.deployment(Jobs).options(ray_actor_options={"num_cpus": 0}).bind(settings)]
-        if args.jobs
-        else []
-    )
-    return entrance.bind(settings, replicas.bind(settings, session.worker_threads(args.cluster)), *jobs)
+    jobs = _unchanged(serve.deployment(Jobs), settings).options(ray_actor_options={"num_cpus": 0})
+    parts = [replicas.bind(settings, session.worker_threads(args.cluster))]
+    parts += [jobs.bind(settings)] if args.jobs else []
+    return entrance.bind(settings, *parts)
 
 
-def _jobs_deployment() -> serve.Deployment:
-    return serve.deployment(Jobs).options(num_replicas=1, ray_actor_options={"num_cpus": 0})
+def _unchanged(deployment: serve.Deployment, settings: dict[str, Any]) -> serve.Deployment:
+    """With a version of its own, so that this process can deploy it again and only its user_config changes.
+
+    Without one Serve takes every `serve.run` for new code, and starts all replicas anew.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return deployment.options(version=f"{_THIS_PROCESS}-{digest[:16]}", _internal=True)
 
 
 def _draining(config: ServeConfig) -> dict[str, float]:

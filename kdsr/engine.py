@@ -5,7 +5,7 @@ Owns device, number type and memory layout. Knows no images and no files, nor wh
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from math import log10
@@ -82,13 +82,15 @@ class Engine:
         if self._device.type == "cuda":
             self._cuda = CudaNetwork(self._fast, scale=self.scale, device=self._device)
 
-    def run(self, tiles: np.ndarray) -> np.ndarray:
+    def run(self, tiles: np.ndarray, *, pause: Callable[[], None] | None = None) -> np.ndarray:
         """`tiles` (N, h, w, C) to (N, h*scale, w*scale, C) of the same type: uint8, uint16 or float32.
 
         Integers come out rounded and clamped, floats (0 black, 1 white) as the network made them. h and w are
         multiples of `multiple_of`. A tile that is not finite is done again in float32. Raises RequestError
         for other channels or another type, torch.OutOfMemoryError when the device has no room for so many
         or so large tiles, and DataError when a tile is not finite in float32: it is right or it is not there.
+
+        On a CPU a large tile goes through in strips of rows, and `pause` is called between two of them.
         """
         if tiles.ndim != 4 or tiles.shape[3] != self.channels or tiles.dtype.name not in _LEVELS_OF_ONE:
             raise RequestError(
@@ -103,7 +105,9 @@ class Engine:
                 is_done = self._cuda.run(tiles, found).tolist()
             else:
                 network = self._fast if tiles.dtype == np.uint8 else self._exact
-                is_done = [_run_one(network, tile, into) for tile, into in zip(tiles, found, strict=True)]
+                is_done = [
+                    _run_one(network, tile, into, pause) for tile, into in zip(tiles, found, strict=True)
+                ]
             for tile, into, done in zip(tiles, found, is_done, strict=True):
                 if not done and not _run_one(self._exact, tile, into):
                     raise DataError(
@@ -186,7 +190,9 @@ def _to_levels(tile: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(own).to(device).permute(2, 0, 1).unsqueeze(0)
 
 
-def _run_one(network: Network, tile: np.ndarray, into: np.ndarray) -> bool:
+def _run_one(
+    network: Network, tile: np.ndarray, into: np.ndarray, pause: Callable[[], None] | None = None
+) -> bool:
     """`tile` (h, w, C) through `network` into `into` (H, W, C) of the same type; whether it is finite."""
     lr, offset = _to_levels(tile, network.device), 0.5 if tile.dtype == np.uint8 else 0.0
     for top, levels in network.strips(lr, offset):
@@ -201,6 +207,8 @@ def _run_one(network: Network, tile: np.ndarray, into: np.ndarray) -> bool:
             levels.div_(WHITE)
         rows = slice(top * levels.shape[3], (top + levels.shape[1]) * levels.shape[3])
         _shuffle(levels[0].cpu().numpy(), into[rows])
+        if pause is not None and rows.stop < into.shape[0]:
+            pause()
     return True
 
 

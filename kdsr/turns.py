@@ -40,6 +40,11 @@ class Claim:
             self.seconds += seconds
             self.largest_batch = max(batch, self.largest_batch)
 
+    def was_passed(self, seconds: float) -> None:
+        """Do not count what others' items took while one of its own was under way."""
+        with self._lock:
+            self.seconds -= seconds
+
     def withdraw(self) -> None:
         """Nobody waits for the result any more."""
         self._is_withdrawn = True
@@ -81,23 +86,36 @@ class Turns(Generic[Item]):
                 kinds.setdefault(kind, deque()).append(item)
                 self._number += 1
 
-    def take(self, *, most: Callable[[Item], int]) -> tuple[list[Item], list[Item]]:
+    def take(
+        self, *, most: Callable[[Item], int], only: Callable[[Item], bool] = lambda _: True
+    ) -> tuple[list[Item], list[Item]]:
         """Some items of the kind whose turn it is, and all items of claims that are over.
 
-        `most` says how many may go together with an item. At least one goes unless none is left; the claims
-        that have the kind give one each in turn until there are enough, the one whose turn it is first.
+        `most` says how many may go together with an item. At least one goes unless none is left for which
+        `only` holds; the claims that have the kind give one each in turn until there are enough, the one
+        whose turn it is first. `only` is asked of the first item of a kind.
         """
         with self._lock:
             dropped = self._drop_over()
-            if not self._waiting:
+            turn = self._turn(only)
+            if turn is None:
                 return [], dropped
-            first = next(iter(self._waiting))
-            kind = next(iter(self._waiting[first]))
+            first, kind = turn
             number = most(self._waiting[first][kind][0])
-            givers = [claim for claim, kinds in self._waiting.items() if kind in kinds] if number > 1 else []
-            taken = self._take_in_turn(givers or [first], kind, number)
+            givers = [first]
+            if number > 1:
+                others = (claim for claim in self._waiting if claim is not first)
+                givers += [claim for claim in others if kind in self._waiting[claim]]
+            taken = self._take_in_turn(givers, kind, number)
             self._number -= len(taken)
             return taken, dropped
+
+    def _turn(self, only: Callable[[Item], bool]) -> tuple[Claim, Hashable] | None:
+        for claim, kinds in self._waiting.items():
+            for kind, items in kinds.items():
+                if only(items[0]):
+                    return claim, kind
+        return None
 
     def _take_in_turn(self, givers: list[Claim], kind: Hashable, number: int) -> list[Item]:
         taken: list[Item] = []

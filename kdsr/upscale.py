@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdsr.engine import Engine
+from kdsr.engine import CACHED_PIXELS, Engine
 from kdsr.errors import ImageUnsupported, RequestError
 from kdsr.image import Image
 from kdsr.tiles import Box, Tile, plan, split
@@ -239,7 +239,9 @@ class Upscaler:
             self._upscale_parts(requests)
             return
         try:
-            results = self._run(np.stack([request.crop() for request in requests]))
+            results = self._run(
+                np.stack([request.crop() for request in requests]), self._pause(requests[0].job.claim)
+            )
         except (MemoryError, RuntimeError) as error:
             if not self._can_shrink(error, len(requests), largest):
                 raise
@@ -277,12 +279,31 @@ class Upscaler:
         self._largest_tile = min(self._largest_tile, max(largest // 2, SMALLEST_TILE_SIZE))
         return True
 
-    def _run(self, crops: np.ndarray) -> np.ndarray:
+    def _pause(self, claim: Claim) -> Callable[[], None] | None:
+        """What lets a small tile of another claim go first, between two strips of a large tile of `claim`.
+
+        A small image beside huge ones so waits for one strip and not for a whole tile.
+        """
+        if self._compute is None:
+            return None
+        turns = self._compute.turns
+
+        def is_small_and_anothers(request: _Request) -> bool:
+            return request.job.claim is not claim and math.prod(request.tile.read.shape) <= CACHED_PIXELS
+
+        def let_one_pass() -> None:
+            began = time.perf_counter()
+            _run_next(turns, only=is_small_and_anothers)
+            claim.was_passed(time.perf_counter() - began)
+
+        return let_one_pass
+
+    def _run(self, crops: np.ndarray, pause: Callable[[], None] | None) -> np.ndarray:
         """(N, h, w, C) through the engine, with the sizes and the channels that it takes."""
         is_grey_in_colour = crops.shape[3] < self.engine.channels
         if is_grey_in_colour:
             crops = np.repeat(crops, self.engine.channels, axis=3)
-        sr = self.engine.run(_padded(crops, self.engine.multiple_of))
+        sr = self.engine.run(_padded(crops, self.engine.multiple_of), pause=pause)
         return _mean_channel(sr) if is_grey_in_colour else sr
 
 
@@ -336,9 +357,9 @@ class ComputeThreads(ThreadPoolExecutor):
         self.turns = Turns[_Request]()
 
 
-def _run_next(turns: "Turns[_Request]") -> None:
+def _run_next(turns: "Turns[_Request]", only: "Callable[[_Request], bool]" = lambda _: True) -> None:
     """Run some waiting tiles of one kind, of any image; nothing when others have run them all."""
-    requests, dropped = turns.take(most=lambda request: request.job.upscaler.batch_of(request))
+    requests, dropped = turns.take(most=lambda request: request.job.upscaler.batch_of(request), only=only)
     for request in dropped:
         request.error = request.job.claim.abandoned()
         request.finished.set()

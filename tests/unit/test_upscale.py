@@ -351,12 +351,12 @@ class Faulty(Engine):
     room = 10**9
     mark = None
 
-    def run(self, tiles):
+    def run(self, tiles, **options):
         if tiles.shape[0] * tiles.shape[1] * tiles.shape[2] > self.room:
             raise torch.OutOfMemoryError("no room")
         if self.mark is not None and (tiles == self.mark).all(axis=(1, 2, 3)).any():
             raise DataError("not finite")
-        return super().run(tiles)
+        return super().run(tiles, **options)
 
 
 @pytest.mark.parametrize("multiple_of", [1, 4])
@@ -376,7 +376,7 @@ def test_what_was_learnt_about_memory_is_remembered():
     upscaler = Upscaler(engine, tile_size=64)
     upscaler.upscale(picture(150, 170))
     refused = []
-    engine.run = lambda tiles, run=engine.run: (
+    engine.run = lambda tiles, run=engine.run, **_: (
         refused.append(tiles.shape)
         if (tiles.shape[0] * tiles.shape[1] * tiles.shape[2] > engine.room)
         else run(tiles)
@@ -439,10 +439,10 @@ class Counting(Engine):
         super().__init__(*arguments)
         self.seen, self.gate = [], threading.Semaphore(0)
 
-    def run(self, tiles):
+    def run(self, tiles, **options):
         self.gate.acquire(timeout=60)
         self.seen.append(tiles.shape[1])
-        return super().run(tiles)
+        return super().run(tiles, **options)
 
 
 @pytest.fixture
@@ -505,3 +505,32 @@ def test_a_claim_knows_what_its_tiles_took(engine):
     claim = Claim()
     Upscaler(engine, tile_size=16).upscale(picture(40, 40, seed=1), claim)
     assert claim.seconds > 0 and claim.largest_batch == 1 and claim.began is not None
+
+
+def test_a_small_image_passes_between_strips_of_a_large_tile_and_changes_no_byte(monkeypatch):
+    engine = Engine(random_net(RepChainSpec(scale=2, num_features=8, num_layers=4)))
+    for module in ("engine", "upscale"):
+        monkeypatch.setattr(f"kdsr.{module}.CACHED_PIXELS", 64 * 64)
+    large, small = picture(256, 256, seed=1), picture(20, 20, seed=2)
+    expected = [Upscaler(engine).upscale(image).pixels for image in (large, small)]
+    began, order, strips = threading.Event(), [], type(engine._exact).strips
+
+    def told_strips(network, lr, offset):
+        is_large = lr.shape[3] > 200
+        if is_large:
+            began.set()
+            wait_for(lambda: len(compute.turns) or len(order) > 1)
+        for strip in strips(network, lr, offset):
+            order.append("strip of the large" if is_large else "small")
+            yield strip
+
+    monkeypatch.setattr(type(engine._exact), "strips", told_strips)
+    with ComputeThreads(1) as compute, ThreadPoolExecutor(2) as threads:
+        upscaler = Upscaler(engine, compute=compute)
+        first = threads.submit(upscaler.upscale, large, Claim())
+        began.wait(60)
+        second = threads.submit(upscaler.upscale, small, Claim())
+        found = [image.result(60).pixels for image in (first, second)]
+    assert all((one == other).all() for one, other in zip(found, expected, strict=True))
+    assert order.index("small") == 1
+    assert order.count("strip of the large") > 10
