@@ -19,7 +19,7 @@ from kdsr.codecs.formats import (
 )
 from kdsr.codecs.png import PngWriter
 from kdsr.codecs.raster import decode_png, encode, encode_png
-from kdsr.codecs.sequences import HOLD_FRAMES, count_frames, decode_frames, encode_frames
+from kdsr.codecs.sequences import HOLD_FRAMES, MOST_FRAMES, count_frames, decode_frames, encode_frames
 from kdsr.errors import ImageTooLarge
 from kdsr.image import Image
 
@@ -49,11 +49,14 @@ def can_hold_frames(name: str) -> bool:
     return name in HOLD_FRAMES
 
 
-def probe(data: bytes) -> ImageHeader:
-    """What the header says; no pixel is decoded. Raises ImageCorrupt or ImageUnsupported."""
+def probe(data: bytes, *, max_frames: int = MOST_FRAMES) -> ImageHeader:
+    """What the header says; no pixel is decoded.
+
+    Raises ImageCorrupt or ImageUnsupported, and ImageTooLarge above `max_frames`, where counting stops.
+    """
     kind = identify(data)
     header = raster.probe(data, kind)
-    frames, loop = count_frames(data, kind)
+    frames, loop = count_frames(data, kind, at_most=max_frames)
     return replace(header, frames=frames, loop=loop)
 
 

@@ -26,50 +26,55 @@ HOLD_FRAMES = frozenset({"gif", "png", "webp", "tiff", "avif"})
 """Formats of several frames."""
 
 
-def count_frames(data: bytes, format: str) -> tuple[int, int]:  # noqa: A002 the word of the jobs' flags
+def count_frames(
+    data: bytes,
+    format: str,  # noqa: A002 the word of the jobs' flags
+    *,
+    at_most: int = MOST_FRAMES,
+) -> tuple[int, int]:
     """(frames, plays) of a file of this format; 0 plays are for ever, and what pages and stills have.
 
     No pixel is decoded. Raises ImageCorrupt for a file that ends too early, so that a part of an animation
     is never taken for all of it, and for pages that follow each other in a circle; ImageTooLarge above
-    `MOST_FRAMES`.
+    `at_most`, where counting stops.
     """
     count = _COUNTERS.get(format)
     with raster.malformed_is_corrupt():
-        frames, plays = (1, 0) if count is None else count(data)
-    if frames > MOST_FRAMES:
-        raise ImageTooLarge(f"the file has more than {MOST_FRAMES} frames; at most as many are read")
+        frames, plays = (1, 0) if count is None else count(data, at_most)
+    if frames > at_most:
+        raise ImageTooLarge(f"the file has more than {at_most} frames; at most as many are read")
     return frames, plays
 
 
-def _count_gif(data: bytes) -> tuple[int, int]:
+def _count_gif(data: bytes, at_most: int) -> tuple[int, int]:
     scanner = GifScanner(data)
-    frames = sum(1 for _ in islice(scanner.frames(), MOST_FRAMES + 1))
+    frames = sum(1 for _ in islice(scanner.frames(), at_most + 1))
     return (frames, scanner.plays) if frames > 1 else (1, 0)
 
 
-def _count_png(data: bytes) -> tuple[int, int]:
+def _count_png(data: bytes, _at_most: int) -> tuple[int, int]:
     return apng.announced_frames(data)
 
 
-def _count_webp(data: bytes) -> tuple[int, int]:
-    structure = animated_webp.scan(data, at_most=MOST_FRAMES)
+def _count_webp(data: bytes, at_most: int) -> tuple[int, int]:
+    structure = animated_webp.scan(data, at_most=at_most)
     if structure is None or len(structure.boxes) < 2:
         return 1, 0
     return len(structure.boxes), structure.plays
 
 
-def _count_tiff(data: bytes) -> tuple[int, int]:
-    return len(tiff_pages.scan_pages(data, at_most=MOST_FRAMES)), 0
+def _count_tiff(data: bytes, at_most: int) -> tuple[int, int]:
+    return len(tiff_pages.scan_pages(data, at_most=at_most)), 0
 
 
-def _count_avif(data: bytes) -> tuple[int, int]:
+def _count_avif(data: bytes, _at_most: int) -> tuple[int, int]:
     """Pillow does not tell how often it is shown."""
     if b"avis" not in data[8:64]:
         return 1, 0
     return int(_open_avif(data).n_frames), 0
 
 
-_COUNTERS: dict[str, Callable[[bytes], tuple[int, int]]] = {
+_COUNTERS: dict[str, Callable[[bytes, int], tuple[int, int]]] = {
     "gif": _count_gif,
     "png": _count_png,
     "webp": _count_webp,

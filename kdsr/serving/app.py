@@ -264,7 +264,7 @@ async def _order(request: Request, entrance: Entrance, body: Body, description: 
     model = description.model(options.model)
     network = model.network_for(options.scale)
     data = await _image(entrance, body)
-    header, digest = await asyncio.to_thread(_inspect, data)
+    header, digest = await asyncio.to_thread(_inspect, data, entrance.limits.max_frames)
     accept = request.headers.get("accept", "*/*")
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
     pixels = contract.check_limits(header, network, wanted, entrance.limits)
@@ -280,14 +280,14 @@ async def _image(entrance: Entrance, body: Body) -> bytes:
     return await asyncio.to_thread(fetcher.get, str(body.url))
 
 
-def _inspect(data: bytes) -> tuple[ImageHeader, str]:
+def _inspect(data: bytes, max_frames: int) -> tuple[ImageHeader, str]:
     """Header and sha256. Raises Problem for what is no image that is read."""
     try:
         codecs.identify(data)
     except DataError as error:
         raise Problem("unsupported-media-type", str(error)) from None
     try:
-        header = codecs.probe(data)
+        header = codecs.probe(data, max_frames=max_frames)
     except ImageTooLarge as error:
         raise Problem("image-too-large", str(error)) from None
     except DataError as error:

@@ -158,7 +158,7 @@ def test_a_caller_that_leaves_costs_no_more_tiles_and_gives_its_room_back(serve,
     server = serve(tile_size=16)
     gate, seen, run = threading.Event(), [], Engine.run
 
-    def slow_run(engine, tiles):
+    def slow_run(engine, tiles, **_):
         seen.append(1)
         gate.wait(60)
         return run(engine, tiles)
@@ -177,7 +177,7 @@ def test_a_caller_that_leaves_costs_no_more_tiles_and_gives_its_room_back(serve,
 
         wire = Wire(server, IMAGE)
         task = asyncio.create_task(server.app(wire.scope, receive, send))
-        while not seen:
+        while not (seen or task.done()):
             await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
