@@ -101,21 +101,13 @@ class JobRoutes:
             allowed_place(_text(content, "output"), self._jobs.outputs, what="output"),
         )
         options = contract.read_options(query_of(request), content)
-        model = description.model(options.model)
-        wanted = request_of(
-            options,
-            model.network_for(options.scale),
-            owner=caller.name,
-            model=model.name,
-            places=places,
-            include=tuple(include),
-        )
+        wanted = request_of(options, description, owner=caller.name, places=places, include=tuple(include))
         id_ = job_id(caller.name, idempotency_key(request))
         return await _stored(self._records.create, id_, wanted)
 
     async def _from_upload(self, request: Request, caller: Caller, description: Description) -> Job:
         options = contract.read_options(query_of(request))
-        model = description.model(options.model)
+        description.model(options.model)  # A wrong name costs nobody an upload.
         check_length(request.headers, self._jobs.max_upload_bytes)
         if self._uploads >= MAX_UPLOADS:
             raise Problem("busy", "too many uploads are on their way already; try again later", 5)
@@ -128,14 +120,7 @@ class JobRoutes:
                 places = await _stored(self._records.put_upload, id_, digest[:32] + suffix, Path(file.name))
         finally:
             self._uploads -= 1
-        wanted = request_of(
-            options,
-            model.network_for(options.scale),
-            owner=caller.name,
-            model=model.name,
-            places=places,
-            upload_sha256=digest,
-        )
+        wanted = request_of(options, description, owner=caller.name, places=places, upload_sha256=digest)
         return await _stored(self._records.create, id_, wanted)
 
     async def _receive(self, request: Request, file: IO[bytes]) -> str:

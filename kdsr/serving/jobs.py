@@ -18,7 +18,7 @@ from kdsr.config import EncodeConfig, OutputFormat, ServedJobsConfig, StoreConfi
 from kdsr.errors import KeyExists, KeyNotFound
 from kdsr.naming import is_junk
 from kdsr.provenance import now
-from kdsr.serving.contract import Options, ServedNetwork
+from kdsr.serving.contract import Description, Options
 from kdsr.serving.problems import Problem
 from kdsr.spec import Frozen
 from kdsr.store import ObjectInfo, Store, open_store
@@ -230,15 +230,16 @@ def fingerprint(*parts: str) -> str:
 
 def request_of(
     options: Options,
-    network: ServedNetwork,
+    description: Description,
     *,
     owner: str,
-    model: str,
     places: tuple[str, str],
     include: tuple[str, ...] = (),
     upload_sha256: str | None = None,
 ) -> JobRequest:
-    """A job from what a caller gave; `places` are input and output."""
+    """A job from what a caller gave; `places` are input and output. Raises Problem for an unknown model."""
+    model = description.model(options.model)
+    network = model.network_for(options.scale)
     asked = options.model_dump_json()
     parts = (asked, upload_sha256) if upload_sha256 is not None else (asked, *places, *include)
     return JobRequest(
@@ -249,7 +250,7 @@ def request_of(
         output=places[1],
         is_upload=upload_sha256 is not None,
         include=include,
-        model=model,
+        model=model.name,
         network=network.uri,
         network_sha256=network.card.sha256,
         scale=options.scale,

@@ -292,7 +292,7 @@ def test_a_failed_write_is_a_row(objects, tmp_path):
     [(ZeroDivisionError(), "upscale", "internal"), (MemoryError(), "upscale", "too_large")],
 )
 def test_an_error_in_the_engine_is_a_row_as_well(objects, error, stage, error_class):
-    def run(tiles):
+    def run(tiles, **_):
         raise error
 
     objects.upscaler.engine.run = run
