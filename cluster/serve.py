@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from cluster import session
 from cluster.serve_jobs import JobRunner
@@ -186,10 +187,14 @@ def _unchanged(deployment: serve.Deployment, settings: dict[str, Any]) -> serve.
     return deployment.options(version=f"{_THIS_PROCESS}-{digest[:16]}", _internal=True)
 
 
-def _draining(config: ServeConfig) -> dict[str, float]:
-    """A replica that is to end first answers what it has."""
+def _draining(config: ServeConfig) -> dict[str, Any]:
+    """A replica that is to end first answers what it has. Our own access log is the only one."""
     longest = config.limits.timeout_seconds + config.limits.body_seconds
-    return {"graceful_shutdown_timeout_s": longest + 10, "health_check_timeout_s": 30}
+    return {
+        "graceful_shutdown_timeout_s": longest + 10,
+        "health_check_timeout_s": 30,
+        "logging_config": LoggingConfig(enable_access_log=False),
+    }
 
 
 def _replica_options(config: ServeConfig) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def _scaling(config: ServeConfig) -> dict[str, Any]:
         target_ongoing_requests=config.target_waiting_tiles,
         upscale_delay_s=5,
         downscale_delay_s=60,
-        look_back_period_s=5,
+        look_back_period_s=12,  # more than the interval at which replicas report
         policy=AutoscalingPolicy(policy_function="cluster.serve:tiles_policy"),
     )
     return {"autoscaling_config": scaling}
