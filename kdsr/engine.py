@@ -67,6 +67,8 @@ class Engine:
         """Why another type runs than was asked for, or than is fastest; a sentence."""
         self._name = model.spec.kind
         self._device = _checked_device(device)
+        self.runs_together = self._device.type == "cuda"
+        """Whether the tiles of a call go through the network together; elsewhere one follows the other."""
         _keep_freed_memory()
         layout = torch.channels_last if channels_last else torch.contiguous_format
         own = fold(copy.deepcopy(model)).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdsr.engine import CACHED_PIXELS, Engine
+from kdsr.engine import Engine
 from kdsr.errors import ImageUnsupported, RequestError
 from kdsr.image import Image
 from kdsr.tiles import Box, Tile, plan, split
@@ -27,6 +27,9 @@ MIN_TILE_SIZE = 512
 
 SMALLEST_TILE_SIZE = 16
 """A tile is not made smaller than this when memory is short."""
+
+PASSING_SHARE = 1 / 4
+"""A tile with at most this share of a large one's pixels does not wait for its end."""
 
 BYTES_PER_OUTPUT_PIXEL = 300
 """Memory that a network needs for a pixel of its output while it runs; the bundled ones took 36 to 273."""
@@ -96,10 +99,10 @@ class Upscaler:
 
     `tile_size` is the height and width of a tile's core in LR pixels. When not set it is 512, or so many
     times the halo that the halo costs little, on any machine: bytes depend on its memory only where that is
-    very short, see `fitting`. Up to
-    `batch_size` tiles of one shape, or more small ones with no more pixels, go through the engine at once,
-    those of different images too. When the engine runs out of memory both are halved, the batch first, for
-    this image and all later ones. Tiles run in `compute`; in the caller's thread when it is not given.
+    very short, see `fitting`. Up to `batch_size` tiles of one shape, or more small ones with no more pixels
+    where an engine runs them together, go through it at once, those of different images too. When the engine
+    runs out of memory both are halved, the batch first, for this image and all later ones. Tiles run in
+    `compute`; in the caller's thread when it is not given.
 
     Images with a `Claim` of their own take turns, tile by tile; all others are done in the order in which
     they come. That holds over all upscalers with the same `compute`.
@@ -209,6 +212,8 @@ class Upscaler:
 
     def batch_of(self, request: "_Request") -> int:
         """How many tiles like that go through the engine at once."""
+        if not self.engine.runs_together:
+            return self._batch_size  # More would only keep other threads from them.
         largest = self._tile_size + 2 * self.engine.receptive_radius
         return max(1, self._batch_size * largest**2 // math.prod(request.tile.read.shape))
 
@@ -239,9 +244,7 @@ class Upscaler:
             self._upscale_parts(requests)
             return
         try:
-            results = self._run(
-                np.stack([request.crop() for request in requests]), self._pause(requests[0].job.claim)
-            )
+            results = self._run(np.stack([request.crop() for request in requests]), self._pause(requests[0]))
         except (MemoryError, RuntimeError) as error:
             if not self._can_shrink(error, len(requests), largest):
                 raise
@@ -279,17 +282,18 @@ class Upscaler:
         self._largest_tile = min(self._largest_tile, max(largest // 2, SMALLEST_TILE_SIZE))
         return True
 
-    def _pause(self, claim: Claim) -> Callable[[], None] | None:
-        """What lets a small tile of another claim go first, between two strips of a large tile of `claim`.
+    def _pause(self, large: "_Request") -> Callable[[], None] | None:
+        """What lets a small tile of another claim go first, between two strips of `large`.
 
         A small image beside huge ones so waits for one strip and not for a whole tile.
         """
         if self._compute is None:
             return None
-        turns = self._compute.turns
+        turns, claim = self._compute.turns, large.job.claim
+        most = math.prod(large.tile.read.shape) * PASSING_SHARE
 
         def is_small_and_anothers(request: _Request) -> bool:
-            return request.job.claim is not claim and math.prod(request.tile.read.shape) <= CACHED_PIXELS
+            return request.job.claim is not claim and math.prod(request.tile.read.shape) <= most
 
         def let_one_pass() -> None:
             began = time.perf_counter()

@@ -507,10 +507,23 @@ def test_a_claim_knows_what_its_tiles_took(engine):
     assert claim.seconds > 0 and claim.largest_batch == 1 and claim.began is not None
 
 
+def test_small_images_of_several_callers_share_the_threads_and_not_one_batch(slow):
+    engine, upscaler, threads = slow
+    claims = [Claim() for _ in range(4)]
+    images = [
+        threads.submit(upscaler.upscale, picture(20, 20, seed=seed), claim)
+        for seed, claim in enumerate(claims)
+    ]
+    wait_for(lambda: len(upscaler._compute.turns) == 3)
+    engine.gate.release(1000)
+    for image in images:
+        image.result(60)
+    assert {claim.largest_batch for claim in claims} == {1}
+
+
 def test_a_small_image_passes_between_strips_of_a_large_tile_and_changes_no_byte(monkeypatch):
     engine = Engine(random_net(RepChainSpec(scale=2, num_features=8, num_layers=4)))
-    for module in ("engine", "upscale"):
-        monkeypatch.setattr(f"kdsr.{module}.CACHED_PIXELS", 64 * 64)
+    monkeypatch.setattr("kdsr.engine.CACHED_PIXELS", 64 * 64)
     large, small = picture(256, 256, seed=1), picture(20, 20, seed=2)
     expected = [Upscaler(engine).upscale(image).pixels for image in (large, small)]
     began, order, strips = threading.Event(), [], type(engine._exact).strips
