@@ -1,5 +1,6 @@
 """What the cluster files promise, as far as it can be checked without a cluster."""
 
+import ast
 import json
 import re
 import shlex
@@ -11,9 +12,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from kdsr.cli import parse
-from kdsr.config import DistillConfig
+from kdsr.config import DistillConfig, ServeConfig
+from kdsr.serving.host import check_table
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -80,6 +83,37 @@ def test_the_job_on_kubernetes_is_a_request_that_distill_accepts():
     assert spec["activeDeadlineSeconds"] > 0
 
 
+def test_what_serve_deploys_is_an_application_that_ray_and_kdsr_accept() -> None:
+    content = load(INFRA / "serve" / "serve.yaml")
+    (application,) = ServeDeploySchema.model_validate(content).applications
+    options = {deployment.name: deployment for deployment in application.deployments}
+    config = ServeConfig.model_validate(application.args | options["Replica"].user_config)
+    check_table(config)
+    assert all(each.max_surge_percent == 100 for each in options.values())
+    module, _, name = application.import_path.partition(":")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert config.auth == "keys" and config.keys_file is not None
+    assert content["http_options"]["request_timeout_s"] >= (
+        config.limits.timeout_seconds + config.limits.body_seconds
+    )
+
+
+def test_the_service_on_kubernetes_deploys_the_same_with_room_to_grow_and_to_update() -> None:
+    spec = load(INFRA / "kuberay" / "service.yaml")["spec"]
+    content = yaml.safe_load(spec["serveConfigV2"])
+    assert content == load(INFRA / "serve" / "serve.yaml")
+    config = ServeConfig.model_validate(content["applications"][0]["args"])
+    (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    (container,) = pod["containers"]
+    assert workers["maxReplicas"] > config.cluster.most_workers
+    assert int(container["resources"]["requests"]["cpu"]) > config.cluster.cpus_per_worker
+    assert str(config.keys_file.parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
+    longest = config.limits.timeout_seconds + config.limits.body_seconds
+    assert pod["terminationGracePeriodSeconds"] > longest
+
+
 def test_the_aws_cluster_fits_the_schema_of_ray():
     schema = Path(find_spec("ray").origin).parent / "autoscaler" / "ray-schema.json"
     jsonschema.validate(load(INFRA / "aws" / "cluster.yaml"), json.loads(schema.read_text(encoding="utf-8")))
@@ -90,7 +124,10 @@ def test_the_head_of_the_aws_cluster_hides_its_dashboard():
     assert "--dashboard-host=127.0.0.1" in start
 
 
-@pytest.mark.parametrize("path", [path for path in YAML_FILES if path.parent.name in {"aws", "kuberay"}])
+RUN_JOBS = [path for path in YAML_FILES if path.parent.name in {"aws", "kuberay"} and path.stem != "service"]
+
+
+@pytest.mark.parametrize("path", RUN_JOBS, ids=lambda path: path.name)
 def test_a_stopped_job_has_time_to_save_a_checkpoint(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     seconds = re.findall(r'RAY_JOB_STOP_WAIT_TIME_S(?:=|.*\n\s*value: ")(\d+)', text)
