@@ -56,13 +56,13 @@ def _not_empty(value: object) -> object:
 class Options(Frozen):
     """What a request may ask for, as query, form fields or members of a JSON object."""
 
-    model: Annotated[str | None, BeforeValidator(_not_empty), Field(max_length=64)] = None
+    model: Annotated[Annotated[str, Field(max_length=64)] | None, BeforeValidator(_not_empty)] = None
     """Name of a served model; the first one when not set."""
-    scale: Annotated[float | None, BeforeValidator(_not_empty), Field(gt=0, le=16)] = None
+    scale: Annotated[Annotated[float, Field(gt=0, le=16)] | None, BeforeValidator(_not_empty)] = None
     """Of the result; the model's largest when not set."""
     format: Annotated[OutputFormat | None, BeforeValidator(of_extension), BeforeValidator(_not_empty)] = None
     """Of the result; by the Accept header, or that of the image, when not set."""
-    quality: Annotated[int | None, BeforeValidator(_not_empty), Field(ge=1, le=100)] = None
+    quality: Annotated[Annotated[int, Field(ge=1, le=100)] | None, BeforeValidator(_not_empty)] = None
     """Of JPEG, WebP and AVIF; 95 when not set."""
 
 

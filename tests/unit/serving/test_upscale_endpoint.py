@@ -97,6 +97,11 @@ def test_the_network_is_the_smallest_that_reaches_the_scale(server):
     assert server.upscale(encoded()).headers["kdsr-network"] == "tiny-x4"
 
 
+@pytest.mark.parametrize("name", ["model", "scale", "format", "quality"])
+def test_an_option_that_is_left_empty_is_one_that_is_not_given(server, name):
+    assert server.upscale(encoded(), query=f"?{name}=").content == server.upscale(encoded()).content
+
+
 def test_an_image_comes_raw_as_a_form_or_in_json(server):
     data = encoded()
     raw = server.upscale(data, query="?scale=2&format=jpeg")
