@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,12 @@ def running(
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=ROOT, env=inherited | dict(environment or {}), stdout=log, stderr=log
+            command,
+            cwd=ROOT,
+            env=inherited | dict(environment or {}),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             while status_of(url + ready) != 200:
@@ -219,12 +224,13 @@ def running(
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask it to end, then end what is left of its group: LitServe leaves its workers behind."""
     process.send_signal(signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def free_port() -> int:
