@@ -118,3 +118,9 @@ def test_the_client_loads_neither_torch_nor_ray():
 def test_a_job_answers_help_without_loading_anything_heavy(job):
     code = f"import runpy, sys; sys.argv[0] = {str(job)!r}; runpy.run_path({str(job)!r}, run_name='__main__')"
     assert loaded_after(code, "--help") == set()
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    # pytest imports them by name alone, and refuses the whole run for two of one name.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
