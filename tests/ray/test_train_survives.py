@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.experimental.internal_kv import _initialize_internal_kv
 
 from bench.bulk import processes
 from cluster.train import run
@@ -108,6 +110,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         add_node(made)
         yield made
         made.shutdown()
+    if ray.is_initialized():
+        # Ray's own helper cuts this process off from the key-value store of the cluster that other tests use.
+        _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
 def add_node(cluster: Any) -> Any:
