@@ -27,7 +27,7 @@ demo: setup ## the whole main job on a few photographs; ends with a table and a 
 	$(BIN)/python jobs/demo.py
 
 test: setup browser ## all tests; the S3 ones start their own server
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup ## style, formatting and types
 	$(BIN)/ruff check .

@@ -69,7 +69,7 @@ class Engine:
         self._device = _checked_device(device)
         self.runs_together = self._device.type == "cuda"
         """Whether the tiles of a call go through the network together; elsewhere one follows the other."""
-        _keep_freed_memory()
+        keep_freed_memory()
         layout = torch.channels_last if channels_last else torch.contiguous_format
         own = fold(copy.deepcopy(model)).eval().requires_grad_(False)
         self._exact = Network(own, dtype=torch.float32, device=self._device, layout=layout)
@@ -357,7 +357,7 @@ def _drawn(network: Network, tile: np.ndarray) -> np.ndarray | None:
         return into if _run_one(network, tile, into) else None
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have the C library keep what is freed, up to 64 MB a thread, rather than give it back after each layer.
 
     Getting zeroed pages again took up to a third of a pass. glibc raises its limits for both when it frees a

@@ -41,7 +41,7 @@ from kdsr.config import (
     TeacherTrainingConfig,
 )
 from kdsr.degrade import build_degradation, degradation_name
-from kdsr.engine import Engine
+from kdsr.engine import Engine, keep_freed_memory
 from kdsr.errors import CheckpointCorrupt, DataError, KdsrError, KeyNotFound, RequestError
 from kdsr.fit import StepReport, TrainState, fit, new_state
 from kdsr.memory import is_sharded, recompute_blocks, shard
@@ -229,6 +229,7 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     good checkpoint kept, and CheckpointCorrupt when there are checkpoints and all of them are damaged.
     """
     inputs = check(config)
+    keep_freed_memory()
     state, objective = _begin(config, inputs, worker)
     states, history = StateStore(run_store(config)), History(run_store(config), _tracker(config, worker))
     unlogged: list[StepReport] = []

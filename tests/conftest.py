@@ -23,12 +23,18 @@ settings.register_profile("kdsr", deadline=None)
 settings.load_profile("kdsr")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before the one that reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with the name of its folder below tests/."""
+    """Mark every test with the name of its folder below tests/.
+
+    Of two processes that share the tests one has all that start Ray, servers and jobs, and mostly wait.
+    """
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+        if folder != "unit":
+            item.add_marker(pytest.mark.xdist_group("clusters"))
 
 
 @pytest.fixture(scope="module")
