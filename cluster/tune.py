@@ -23,7 +23,7 @@ from cluster import alone, session
 from kdsr.config import Trial, TuneConfig
 from kdsr.progress import progress_bar
 from kdsr.store import open_store
-from kdsr.tune import check, conclude, concluded, pending, run_trial
+from kdsr.tune import check, conclude, concluded, discard_left_over, pending, run_trial
 
 METRIC, TIME = "psnr", "step"
 SETTINGS = {
@@ -48,6 +48,8 @@ def tune(config: TuneConfig) -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     with progress_bar(len(trials), unit="trial") as bar:
         _tuner(config, trials, _Judge(config, trials, bar)).fit()
+    # A trial that is stopped may have a checkpoint under way; now its process is gone.
+    discard_left_over(config)
 
 
 def _tuner(config: TuneConfig, trials: Sequence[Trial], judge: "_Judge") -> ray_tune.Tuner:

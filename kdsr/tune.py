@@ -86,6 +86,12 @@ def concluded(config: TuneConfig) -> list[tuple[Trial, TrialRow]]:
     return [(trial, row) for trial, row in rows if row is not None and row.status != "failed"]
 
 
+def discard_left_over(config: TuneConfig) -> None:
+    """Delete checkpoints that were written after their trial was over. For when no trial runs."""
+    for trial, _ in concluded(config):
+        discard_checkpoints(trial.config)
+
+
 def check(trials: Sequence[Trial]) -> None:
     """Raise RequestError when no trial can run, before any does. Of some, the cause becomes their row."""
     causes = []

@@ -60,5 +60,5 @@ def test_a_search_that_is_interrupted_goes_on_with_what_is_left_and_judges_by_wh
     assert [each.status for each in rows if each] == ["done", "stopped", "done", "stopped"]
     assert [each.heldout[-1][0] for each in rows if each] == [4, 2, 4, 2]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert not list((tmp_path / "out/trials").glob("trial-00[02]/checkpoints/*"))
+    assert not list((tmp_path / "out/trials").glob("*/checkpoints/*"))
     assert pending(config) == []
