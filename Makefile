@@ -15,8 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kdsr-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# These make pages, pictures and files for the docs, and measure nothing.
-DRAWS := bench/degradation_samples.py bench/render_results.py bench/join_comparisons.py
+# These make pages, pictures and files for the docs, or are shared; none measures.
+DRAWS := bench/degradation_samples.py bench/render_results.py bench/join_comparisons.py bench/measured.py
 # These need programs that `make setup` does not bring; each says which.
 APART := bench/serve.py bench/soak.py
 MEASURES := $(filter-out $(DRAWS) $(APART),$(sort $(wildcard bench/*.py)))

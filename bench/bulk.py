@@ -22,7 +22,6 @@ Ratios are what travels from machine to machine; on a machine that does other wo
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import statistics
@@ -44,6 +43,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.measured import rounded, say, write  # noqa: E402
 from infra.local_s3.serve import LocalS3, local_s3  # noqa: E402
 from kdsr import provenance  # noqa: E402
 from kdsr.store import Store, open_store  # noqa: E402
@@ -406,12 +406,12 @@ class Bench:
         count = max(12, round(self._seconds(case) / (case.output_mpx / rate + OBJECT_SECONDS)))
         source, target = (f"s3://{BUCKET}/{number}-{case.name}/{side}" for side in ("in", "out"))
         self._pictures.upload(open_store(source), case, count)
-        self._say(f"{case.name}: {count} images, net alone {rate:.1f} Mpx/s")
+        say(f"{case.name}: {count} images, net alone {rate:.1f} Mpx/s")
         flags = ["--precision", self._arguments.precision, *self._arguments.flag]
         run = run_job(case, self._server, source, target, flags=flags)
         self._runs[case.name] = run
         self._measure_net(case)
-        self._say(
+        say(
             f"{case.name}: job {run.job_mpx_s:.1f} Mpx/s, start {run.startup_seconds:.1f} s, "
             f"{run.seconds:.1f} s in all; cores {run.cores_used}; seconds per image {run.where_time_goes}"
         )
@@ -429,7 +429,7 @@ class Bench:
         seconds = 4.0 if self._arguments.quick else 8.0
         found = self._loop.submit(obvious_loop, case, source, target, seconds).result()
         (self._loops if case.suffix == ".jpg" else self._loop_png).append(found)
-        self._say(f"obvious loop, {case.name}: {found:.1f} Mpx/s")
+        say(f"obvious loop, {case.name}: {found:.1f} Mpx/s")
 
     def _net_rates(self, case: Case) -> dict[str, float]:
         """Median over the rounds of each way."""
@@ -450,7 +450,7 @@ class Bench:
         )
         content["loop_png_mpx_s"] = statistics.median(self._loop_png) if self._loop_png else None
         content["cases"] = {case.name: self._details(case) for case in cases}
-        return _rounded(content) | {"title": TITLE, "remarks": REMARKS} | provenance.stamp()
+        return rounded(content) | {"title": TITLE, "remarks": REMARKS} | provenance.stamp()
 
     def _row(self, case: Case) -> dict[str, float]:
         job = self._runs[case.name].job_mpx_s
@@ -478,9 +478,6 @@ class Bench:
     def _seconds(self, case: Case) -> float:
         return min(case.seconds, 10.0) if self._arguments.quick else case.seconds
 
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
 
 TITLE = "Bulk upscaling"
 REMARKS = [
@@ -496,14 +493,6 @@ def _ways(found: dict[str, Any]) -> list[str]:
 
 def _net_key(case: Case) -> str:
     return f"{case.model} {case.height} x {case.width}"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 @dataclass
@@ -542,10 +531,7 @@ def main() -> None:
     with local_s3() as server, OnlyThisServer(server):
         server.make_bucket(BUCKET)
         content = Bench(server, Pictures(photo_folders(arguments.photos)), arguments).run(cases)
-    text = json.dumps(content, indent=1)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write(content, arguments.json)
 
 
 if __name__ == "__main__":

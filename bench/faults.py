@@ -48,6 +48,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.bulk import CORES, OnlyThisServer, Pictures, photo_folders, processes  # noqa: E402
+from bench.measured import write  # noqa: E402
 from infra.local_s3.serve import LocalS3, local_s3  # noqa: E402
 from infra.local_s3.unreliable import UnreliableS3  # noqa: E402
 from kdsr import codecs, provenance  # noqa: E402
@@ -672,10 +673,7 @@ def main() -> int:
     done = [trial for trial, _ in trials]
     content = {"title": TITLE, "remarks": remarks, "rows": summary(done), "seed": arguments.seed}
     content |= {"trials": [asdict(trial) for trial in done], **provenance.stamp()}
-    text = json.dumps(content, indent=1)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write(content, arguments.json)
     return 1 if any(trial.wrong for trial in done) else 0
 
 

@@ -40,6 +40,7 @@ from bench.bulk import (  # noqa: E402
     processes,
     run_job,
 )
+from bench.measured import rounded, say, write  # noqa: E402
 from infra.local_s3.serve import LocalS3, local_s3  # noqa: E402
 from kdsr import provenance  # noqa: E402
 from kdsr.store import ObjectInfo, open_store  # noqa: E402
@@ -58,7 +59,7 @@ def memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for images in (200, 2000 if arguments.quick else 10_000):
         with tempfile.TemporaryDirectory(prefix="kdsr-growth-") as folder:
             _write_small(pictures, Path(folder) / "in", images)
-            _say(f"memory: {images} images")
+            say(f"memory: {images} images")
             yield {"case": "memory", "images": images, **_memory_of_job(Path(folder))}
 
 
@@ -132,7 +133,7 @@ class MadeUpListing:
 def listing(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each number of keys, each in a process of its own."""
     for keys in (20_000, 200_000) if arguments.quick else (100_000, 1_000_000):
-        _say(f"listing: {keys} keys")
+        say(f"listing: {keys} keys")
         done = subprocess.run(
             [sys.executable, __file__, "--listing", str(keys)], capture_output=True, text=True, check=True
         )
@@ -196,7 +197,7 @@ def _images_on_s3(arguments: argparse.Namespace) -> Iterator[LocalS3]:
 
 
 def _rate(server: LocalS3, name: str, count: int, *, out: str, flags: list[str]) -> dict[str, Any]:
-    _say(f"{name}: {count}")
+    say(f"{name}: {count}")
     run = run_job(CASES["jpeg"], server, f"s3://{BUCKET}/in", f"s3://{BUCKET}/{out}", flags=flags)
     return {
         "case": name,
@@ -263,14 +264,6 @@ def _sentence(summary: dict[str, float]) -> str:
     return "In short: " + ", ".join(f"`{name}` {value:,.4g}" for name, value in summary.items()) + "."
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in row.items()}
-
-
 def main() -> None:
     """Measure, print the JSON, and write it where asked."""
     parser = argparse.ArgumentParser(description="How the cost of a bulk run grows.")
@@ -288,15 +281,12 @@ def main() -> None:
     rows = []
     for name in arguments.cases.split(","):
         for row in MEASURES[name](arguments):
-            _say(json.dumps(_rounded(row)))
+            say(json.dumps(rounded(row)))
             rows.append(row)
-    summary = _rounded(_summary(rows))
+    summary = rounded(_summary(rows))
     content = summary | {"title": "How a bulk run's cost grows", "remarks": [*REMARKS, _sentence(summary)]}
-    content |= {"rows": [_rounded(row) for row in rows], **provenance.stamp()}
-    text = json.dumps(content, indent=1)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    content |= {"rows": [rounded(row) for row in rows], **provenance.stamp()}
+    write(content, arguments.json)
 
 
 if __name__ == "__main__":

@@ -49,17 +49,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.bulk import CORES, Case, Pictures, net_alone, photo_folders  # noqa: E402
+from bench.measured import rounded, say, write  # noqa: E402
 from bench.serving.load import (  # noqa: E402
     Answers,
     Running,
     Stream,
     find_k6,
-    free_port,
     kdsr_server,
     running,
     send,
 )
-from bench.train import rounded, say  # noqa: E402
+from infra.local import free_port  # noqa: E402
 from kdsr import plots, provenance  # noqa: E402
 
 MODEL, SCALE, SIDE = "photo-x4", 4, 256
@@ -357,12 +357,9 @@ def main() -> None:
         bench.run()
     content = rounded(dict.fromkeys(HEAD) | bench.found)
     content |= {"title": TITLE, "remarks": REMARKS, "rows": [rounded(row) for row in bench.rows]}
-    text = json.dumps(content | provenance.stamp(), indent=1)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    write(content | provenance.stamp(), arguments.json)
     if arguments.figure:
         arguments.figure.write_bytes(bench.figure())
-    print(text)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ sys.path.insert(0, str(ROOT))
 
 from bench import mutations  # noqa: E402
 from bench.bulk import Pictures, photo_folders  # noqa: E402
+from bench.measured import rounded, say, write  # noqa: E402
 from bench.serve import Files  # noqa: E402
 from bench.serving.load import Running, find_k6, kdsr_server, send  # noqa: E402
-from bench.train import rounded, say  # noqa: E402
 from kdsr import provenance  # noqa: E402
 
 MODEL, SIDE, CROWD = "photo-tiny-x4", 256, 16
@@ -272,10 +272,7 @@ def main() -> int:
         soak.run()
     content = {"title": TITLE, "remarks": REMARKS, "model": MODEL, "findings": soak.findings}
     content |= rounded(soak.found) | {"rows": [rounded(row) for row in soak.rows]} | provenance.stamp()
-    text = json.dumps(content, indent=1)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write(content, arguments.json)
     return 1 if soak.findings else 0
 
 

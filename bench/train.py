@@ -53,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.bulk import CORES, OnlyThisServer, Pictures, photo_folders, processes  # noqa: E402
 from bench.growth import ray_nodes  # noqa: E402
+from bench.measured import rounded, say, write  # noqa: E402
 from infra.local_s3.serve import local_s3  # noqa: E402
 from kdsr import provenance, shards  # noqa: E402
 from kdsr.config import ShardConfig, TeacherTrainingConfig  # noqa: E402
@@ -548,18 +549,6 @@ def summary(rounds: Rounds, rows: list[dict[str, Any]], gpu_patches: float) -> d
     return {name: value for name, value in found.items() if value is not None}
 
 
-def rounded(value: Any) -> Any:
-    """To four digits, inside too."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def say(text: str) -> None:
-    """To the person who waits."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Measure, print the JSON, and write it where asked."""
     parser = argparse.ArgumentParser(
@@ -591,10 +580,7 @@ def main() -> None:
     content = rounded(summary(rounds, rows, arguments.gpu_patches))
     content |= {"title": TITLE, "remarks": REMARKS, "config": str(arguments.config.name)}
     content |= {"rows": [rounded(row) for row in rows], **provenance.stamp()}
-    text = json.dumps(content, indent=1)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write(content, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import contextlib
 import json
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HOST = "127.0.0.1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from infra.local import HOST, free_ports, serve
+
 START_SECONDS = 60
 STOP_SECONDS = 30
 
@@ -108,23 +109,8 @@ def local_s3(folder: Path | None = None, *, port: int | None = None) -> Iterator
 
 def _ports(s3_port: int | None) -> dict[str, int]:
     """A free port for each part of the server."""
-    names = [f"{part}{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
-    with contextlib.ExitStack() as sockets:
-        ports = {}
-        for name in names:
-            free = sockets.enter_context(socket.socket())
-            # A port on which the last server's connections fade away can be used again.
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _bind(free, s3_port if name == "s3" and s3_port else 0)
-            ports[name] = free.getsockname()[1]
-    return ports
-
-
-def _bind(free: socket.socket, port: int) -> None:
-    try:
-        free.bind((HOST, port))
-    except OSError as error:
-        raise RuntimeError(f"port {port}: {error.strerror}; choose another with --port") from None
+    parts = ("master", "volume", "filer", "s3")
+    return free_ports((f"{part}{kind}" for part in parts for kind in ("", ".grpc")), {"s3": s3_port})
 
 
 def _users(server: LocalS3) -> dict[str, Any]:
@@ -205,18 +191,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where data is kept; a temporary folder when not given")
     parser.add_argument("--bucket", default="kdsr", help="bucket that is made if missing (default kdsr)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        with local_s3(arguments.folder, port=arguments.port) as server:
-            server.make_bucket(arguments.bucket)
-            for name, value in server.environment.items():
-                print(f"export {name}={value}")
-            print(f"# s3://{arguments.bucket} is there; Ctrl-C stops the server", flush=True)
-            signal.pause()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    serve(local_s3(arguments.folder, port=arguments.port), lambda server: _ready(server, arguments.bucket))
+
+
+def _ready(server: LocalS3, bucket: str) -> str:
+    server.make_bucket(bucket)
+    return f"s3://{bucket} is there; Ctrl-C stops the server"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HOST = "127.0.0.1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from infra.local import HOST, free_ports, serve
+
 START_SECONDS, ATTEMPTS = 200, 3
 STOP_SECONDS = 40
 JOB_STOP_SECONDS = 60
@@ -100,22 +102,7 @@ def two_nodes(
 def _ports(names: Sequence[str], dashboard_port: int | None = None) -> dict[str, int]:
     """A free port for each part of a node by the name of its flag; `names` are those of a head."""
     agents = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
-    with contextlib.ExitStack() as sockets:
-        ports = {}
-        for name in (*names, *agents, "metrics-export-port"):
-            free = sockets.enter_context(socket.socket())
-            # A port on which the last cluster's connections fade away can be used again.
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _bind(free, dashboard_port if name == "dashboard-port" and dashboard_port else 0)
-            ports[name] = free.getsockname()[1]
-    return ports
-
-
-def _bind(free: socket.socket, port: int) -> None:
-    try:
-        free.bind((HOST, port))
-    except OSError as error:
-        raise RuntimeError(f"port {port}: {error.strerror}; choose another with --port") from None
+    return free_ports((*names, *agents, "metrics-export-port"), {"dashboard-port": dashboard_port})
 
 
 def _environment(given: Mapping[str, str], cluster: TwoNodes) -> dict[str, str]:
@@ -209,17 +196,8 @@ def main() -> None:
     )
     parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node announces (default 2)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        with two_nodes(num_cpus=(arguments.cpus,) * 2, dashboard_port=arguments.port) as cluster:
-            for name, value in cluster.environment.items():
-                print(f"export {name}={value}")
-            print("# two nodes are there; Ctrl-C stops them", flush=True)
-            signal.pause()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    cluster = two_nodes(num_cpus=(arguments.cpus,) * 2, dashboard_port=arguments.port)
+    serve(cluster, lambda _: "two nodes are there; Ctrl-C stops them")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 import time
 import urllib.error
@@ -12,15 +11,10 @@ import pytest
 from ray import serve as ray_serve
 
 from cluster import bulk, serve
+from infra.local import free_port
 from kdsr.config import ServeConfig, UpscaleConfig
 from kdsr.store import open_store
 from tests.small_server import encoded, save_tiny
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
 from cluster import serve
+from infra.local import free_port
 from kdsr.config import ServeConfig
-from tests.ray.test_serving import free_port, send, wait_for
+from tests.ray.test_serving import send, wait_for
 from tests.small_server import encoded, save_tiny
 
 FILE = Path(__file__).parents[2] / "infra" / "serve" / "serve.yaml"
