@@ -4,6 +4,7 @@ The records in the store are all that is remembered: whoever starts this anew go
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from kdsr.serving.jobs import (
     MAX_SHOWN_FAILURES,
     JobCounts,
     JobOutcome,
+    JobRecords,
     JobRequest,
     open_records,
 )
@@ -31,6 +33,8 @@ logger = logging.getLogger("kdsr.serving")
 
 POLL_SECONDS = 2.0
 """How soon a new or cancelled job is noticed, and how often progress is written down."""
+TIDY_SECONDS = 3600.0
+"""How often old jobs are forgotten, and how old a mark without a request is when it is given up."""
 MAX_LOSSES = 3
 """A job whose process died so often is given up."""
 
@@ -42,6 +46,9 @@ class JobRunner:
     config: ServeConfig
     _running: dict[str, "ray.ObjectRef[Any]"] = field(default_factory=dict)
     _losses: Counter[str] = field(default_factory=Counter)
+    _incomplete: dict[str, float] = field(default_factory=dict)
+    """When a mark without a request was first seen."""
+    _tidied: float = -math.inf
 
     def start(self) -> None:
         """Run the loop in a thread for as long as the process lives."""
@@ -63,7 +70,11 @@ class JobRunner:
             try:
                 job = records.get(id_, owner=owner)
             except Problem:
-                continue  # The entrance has not written the request yet, or died before it did.
+                # The entrance has not written the request yet, or died before it did.
+                if time.monotonic() - self._incomplete.setdefault(id_, time.monotonic()) > TIDY_SECONDS:
+                    records.give_up(id_, owner)
+                continue
+            self._incomplete.pop(id_, None)
             if job.outcome is not None:
                 records.finish(id_, owner, job.outcome)
             elif job.state == "cancelled":
@@ -74,6 +85,15 @@ class JobRunner:
                     records.finish(id_, owner, outcome)
             elif len(self._running) < self.config.jobs.max_running:
                 self._begin(id_, job.request)
+        self._tidy(records)
+
+    def _tidy(self, records: JobRecords) -> None:
+        """Forget old jobs, now and then."""
+        assert self.config.jobs is not None
+        if time.monotonic() - self._tidied > TIDY_SECONDS:
+            self._tidied = time.monotonic()
+            if forgotten := records.forget(days=self.config.jobs.keep_days):
+                logger.info("jobs: %d that ended long ago are forgotten", forgotten)
 
     def _begin(self, id_: str, request: JobRequest) -> None:
         settings = self.config.model_dump(mode="json", include={"jobs", "store"})

@@ -1013,6 +1013,8 @@ class ServedJobsConfig(Frozen):
     """Jobs of one key that are not finished; beyond it says 429."""
     max_running: int = Field(default=1, ge=1)
     """Jobs that run at once."""
+    keep_days: float = Field(default=7, gt=0)
+    """After that finished jobs are forgotten, and what was uploaded for them and came of it is deleted."""
     cluster: ClusterConfig = ClusterConfig(cpus_per_worker=0.5)
     """Workers of each job, beside the replicas."""
 

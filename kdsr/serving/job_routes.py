@@ -117,6 +117,7 @@ class JobRoutes:
                 digest = await self._receive(request, file)
                 suffix = await asyncio.to_thread(_suffix, Path(file.name))
                 id_ = job_id(caller.name, idempotency_key(request))
+                await _stored(self._records.announce, id_, caller.name)
                 places = await _stored(self._records.put_upload, id_, digest[:32] + suffix, Path(file.name))
         finally:
             self._uploads -= 1

@@ -2,13 +2,15 @@
 
 Each fact is an object of its own with one writer: `JOB/request.json` by the entrance, `JOB/progress.json` and
 `JOB/outcome.json` by whoever runs the job, `JOB/cancelled` by whoever cancels it. `open/OWNER/JOB` marks what
-is not finished; it is made before the request and deleted after the outcome.
+is not finished; it is made before anything else and deleted after the outcome. `ended/DAY/JOB` marks what is,
+so that it can be forgotten some day.
 """
 
 import hashlib
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,9 +124,13 @@ class JobRecords:
 
     store: Store
 
+    def announce(self, id_: str, owner: str) -> None:
+        """Mark a job that is about to be made, so that what is left of it is found if that fails."""
+        self.store.put(f"open/{owner}/{id_}", b"")
+
     def create(self, id_: str, request: JobRequest) -> Job:
         """Write down a new job; the one that is there when the same request came before. Raises Problem."""
-        self.store.put(f"open/{request.owner}/{id_}", b"")
+        self.announce(id_, request.owner)
         try:
             self.store.create(f"{id_}/request.json", _bytes(request))
         except KeyExists:
@@ -177,11 +183,30 @@ class JobRecords:
     def finish(self, id_: str, owner: str, outcome: JobOutcome) -> None:
         """Write down how it ended."""
         self.store.put(f"{id_}/outcome.json", _bytes(outcome))
+        self.store.put(f"ended/{datetime.now(UTC).date()}/{id_}", b"")
         self._close(id_, owner)
 
-    def forget(self, id_: str, owner: str) -> None:
-        """An entrance that died before it wrote the request leaves a mark without one."""
+    def give_up(self, id_: str, owner: str) -> None:
+        """An entrance that died before it wrote the request leaves a mark, and perhaps an upload."""
+        self._remove(id_)
         self._close(id_, owner)
+
+    def forget(self, *, days: float) -> int:
+        """Delete what is known of jobs that ended more than `days` ago, with what was sent and made for them.
+
+        Places that callers named are theirs and stay. Returns how many jobs.
+        """
+        limit = (datetime.now(UTC) - timedelta(days=days)).date()
+        forgotten = 0
+        for info in list(self.store.list("ended/")):
+            _, day, id_ = info.key.split("/")
+            if date.fromisoformat(day) >= limit:
+                continue
+            if self._read(f"{id_}/outcome.json", JobOutcome) is not None:
+                self._remove(id_)
+                forgotten += 1
+            self.store.delete(info.key)
+        return forgotten
 
     def put_upload(self, id_: str, name: str, path: Path) -> tuple[str, str]:
         """Keep the image that was sent; returns uris of the job's own input and output.
@@ -197,6 +222,10 @@ class JobRecords:
         output = f"{id_}/output/"
         found = (info for info in self.store.list(output) if not is_junk(info.key.removeprefix(output)))
         return next(found, None)
+
+    def _remove(self, id_: str) -> None:
+        for info in list(self.store.list(f"{id_}/")):
+            self.store.delete(info.key)
 
     def _close(self, id_: str, owner: str) -> None:
         self.store.delete(f"open/{owner}/{id_}")

@@ -216,3 +216,30 @@ def test_a_store_that_fails_is_a_problem_to_try_again(client, places, monkeypatc
 
 def test_without_a_place_for_records_there_are_no_jobs(server):
     assert problem(server.client.post("/v1/jobs", json={})) == (404, "not-found")
+
+
+def test_jobs_that_ended_long_ago_are_forgotten_with_what_was_sent_and_made(client, places, records):
+    image = {"content": encoded(), "headers": ANNA | {"Content-Type": "image/png"}}
+    (places / "in" / "a").mkdir()
+    (places / "in" / "a" / "mine.png").write_bytes(encoded())
+    old, young, running = (client.post("/v1/jobs", **image).json()["id"] for _ in range(3))
+    named = client.post("/v1/jobs", json=asked(places), headers=ANNA).json()["id"]
+    for id_ in (old, young, named):
+        records.finish(id_, "anna", JobOutcome(state="done"))
+    for id_ in (old, named):
+        [mark] = [info.key for info in records.store.list("ended/") if info.key.endswith(id_)]
+        records.store.delete(mark)
+        records.store.put(f"ended/2020-02-29/{id_}", b"")
+    assert records.forget(days=7) == 2
+    assert {info.key.split("/")[0] for info in records.store.list()} == {young, running, "open", "ended"}
+    assert [client.get(f"/v1/jobs/{id_}", headers=ANNA).status_code for id_ in (old, young)] == [404, 200]
+    assert (places / "in" / "a" / "mine.png").exists()
+    assert records.forget(days=7) == 0
+
+
+def test_what_an_entrance_left_that_died_counts_no_longer(client, records):
+    records.announce("0" * 32, "anna")
+    records.store.put(f"{'0' * 32}/upload/x.png", b"half")
+    assert records.num_open("anna") == 1
+    records.give_up("0" * 32, "anna")
+    assert list(records.store.list()) == []

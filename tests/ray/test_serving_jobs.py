@@ -1,0 +1,91 @@
+"""Jobs over HTTP to their end, as a client sees them, through a restart of everything that serves."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray import serve as ray_serve
+
+from cluster import bulk, serve
+from infra.local import free_port
+from kdsr.client import Client
+from kdsr.config import ServeConfig, UpscaleConfig
+from kdsr.store import open_store
+from tests.ray.test_serving import wait_for
+from tests.small_server import encoded, save_tiny
+
+NUM_IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    folder = tmp_path_factory.mktemp("jobs")
+    uri, _ = save_tiny(folder / "x2", scale=2)
+    return ServeConfig.model_validate(
+        {
+            "models": {"tiny": [uri]},
+            "auth": "none",
+            "precision": "float32",
+            "port": free_port(),
+            "cluster": {"cpus_per_worker": 1},
+            "jobs": {
+                "records": f"{folder}/records",
+                "inputs": [f"{folder}/in"],
+                "outputs": [f"{folder}/out"],
+                "cluster": {"cpus_per_worker": 0.5},
+            },
+        }
+    )
+
+
+@pytest.fixture
+def client(ray_local: None, config: ServeConfig) -> Iterator[Client]:
+    with Client(serve.start(config)) as client:
+        yield client
+    ray_serve.shutdown()
+
+
+def test_jobs_come_to_their_end_and_a_restart_goes_on_with_what_is_left(
+    client: Client, config: ServeConfig, tmp_path: Path
+) -> None:
+    assert config.jobs is not None
+    (tmp_path / "photo.png").write_bytes(encoded(60, 80))
+    sent = client.submit(tmp_path / "photo.png")
+    assert client.wait(sent.id).state == "done"
+    made = client.result(sent.id, tmp_path / "large.png")
+    once = UpscaleConfig(
+        input=str(tmp_path / "photo.png"),
+        output=str(tmp_path / "once"),
+        model=config.models["tiny"][0].uri,
+        cluster=config.jobs.cluster,
+    )
+    assert bulk.upscale(once).ok
+    (expected,) = (tmp_path / "once").glob("*.png")
+    assert made.read_bytes() == expected.read_bytes()
+
+    source, target = (open_store(place[0]) for place in (config.jobs.inputs, config.jobs.outputs))
+    for number in range(NUM_IMAGES):
+        source.put(f"{number:02}.png", encoded(700, 700 + number))
+    many = client.submit_places(source.uri, target.uri)
+    wait_for(lambda: any(info.key.endswith(".png") for info in target.list()))
+    assert client.job(many.id).state == "running"
+    ray_serve.shutdown()
+    before = {info.key: info.etag for info in target.list() if info.key.endswith(".png")}
+    assert 0 < len(before) < NUM_IMAGES
+
+    serve.start(config)
+    found = client.wait(many.id)
+    assert (found.state, found.listed, found.done, found.failed) == ("done", NUM_IMAGES, NUM_IMAGES, 0)
+    after = {info.key: info.etag for info in target.list() if info.key.endswith(".png")}
+    assert len(after) == NUM_IMAGES and before.items() <= after.items()
+
+    again = client.submit_places(source.uri, f"{target.uri}/again")
+    wait_for(lambda: client.job(again.id).state == "running")
+    assert client.cancel(again.id).state == "cancelled"
+    wait_for(lambda: not unfinished(config))
+
+
+def unfinished(config: ServeConfig) -> list[str]:
+    """Marks of jobs that are not finished."""
+    assert config.jobs is not None
+    return [info.key for info in open_store(config.jobs.records).list("open/")]
