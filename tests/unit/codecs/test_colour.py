@@ -59,7 +59,9 @@ def test_grey_pixels_with_an_rgb_profile_are_converted_as_rgb():
     assert image.pixels.shape == (4, 4, 3)
 
 
-@pytest.mark.parametrize("profile", [b"", b"junk", LINEAR_GREY, srgb_profile()[:200]])
+@pytest.mark.parametrize(
+    "profile", [b"", b"junk", LINEAR_GREY, srgb_profile()[:200]], ids=["empty", "junk", "grey", "cut"]
+)
 def test_a_profile_that_is_broken_or_for_other_pixels_is_left_out(profile):
     pixels = flat(10, 20, 30)
 
