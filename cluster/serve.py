@@ -1,7 +1,8 @@
 """Models behind HTTP with Ray Serve: entrances that read requests, replicas that hold networks.
 
 `app` is what `serve build` and `serve deploy` import: cluster.serve:app with the fields of ServeConfig as its
-args. Knows no pixels: encoded bytes go to a replica, and encoded bytes come back.
+args. Knows no pixels: encoded bytes go to a replica, and encoded bytes come back. Only replicas and jobs load
+torch, where they begin: entrances are small, and start soon.
 """
 
 import asyncio
@@ -23,12 +24,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from cluster import session
-from cluster.serve_jobs import JobRunner
 from kdsr.config import ServeConfig
 from kdsr.errors import KdsrError
+from kdsr.serving.admission import MAX_CALLS
 from kdsr.serving.app import build_app
 from kdsr.serving.contract import Call, Description, Refusal, Result
-from kdsr.serving.host import MAX_CALLS, ModelHost, check_table
 from kdsr.serving.keys import read_keys
 from kdsr.serving.problems import Problem
 
@@ -50,6 +50,8 @@ class Replica:
 
     def __init__(self, settings: dict[str, Any], num_threads: int) -> None:
         """`settings` are a ServeConfig without its models, which come by `reconfigure`."""
+        from kdsr.serving.host import ModelHost
+
         _log_to_stderr()
         config = ServeConfig.model_validate(settings)
         device = "cuda" if config.cluster.use_gpu else "cpu"
@@ -145,6 +147,8 @@ class Jobs:
     """Runs what POST /v1/jobs asked for. There is one."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        from cluster.serve_jobs import JobRunner
+
         _log_to_stderr()
         JobRunner(ServeConfig.model_validate(settings)).start()
 
@@ -252,6 +256,8 @@ def start(config: ServeConfig) -> str:
     The same again with other `models` replaces those without a restart. Raises KdsrError before anything
     starts for what cannot be served.
     """
+    from kdsr.serving.host import check_table
+
     read_keys(config)
     check_table(config)
     session.connect(config.cluster)

@@ -5,6 +5,8 @@ import time
 
 from kdsr.serving.problems import Problem
 
+MAX_CALLS = 64
+"""Images that a replica has in hand at once, at most; their threads mostly wait for tiles."""
 HALF_LIFE_SECONDS = 20.0
 """What was done so long ago counts half as much for the rate."""
 LONGEST_WAIT_SECONDS = 60.0

@@ -12,7 +12,7 @@ from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
 from kdsr.encoded import HELD_FRAMES, Clock, EncodedUpscaler, StageFailed, goal_of
 from kdsr.engine import Engine
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
-from kdsr.serving.admission import Admission
+from kdsr.serving.admission import MAX_CALLS, Admission
 from kdsr.serving.contract import Call, Description, Refusal, Result, ServedModel, ServedNetwork
 from kdsr.serving.problems import Problem, is_expected, problem_of
 from kdsr.spec import Card
@@ -21,8 +21,6 @@ from kdsr.upscale import ComputeThreads, Upscaler
 
 logger = logging.getLogger("kdsr.serving")
 
-MAX_CALLS = 64
-"""Images that a replica has in hand at once, at most; their threads mostly wait for tiles."""
 BYTES_PER_PIXEL = 4
 """Red, green, blue and alpha, for 8 bits."""
 
