@@ -18,6 +18,9 @@ from kdsr.store import Store, open_store  # noqa: E402
 BUCKET = "kdsr-tests"
 FOLDERS = {"unit", "ray", "s3", "e2e"}
 
+# Ray's workers are very polite to the other tests, and would starve beside them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # A machine that runs other things as well must not fail a test for being slow.
 settings.register_profile("kdsr", deadline=None)
 settings.load_profile("kdsr")

@@ -49,12 +49,13 @@ def test_jobs_come_to_their_end_and_a_restart_goes_on_with_what_is_left(
     client: Client, config: ServeConfig, tmp_path: Path
 ) -> None:
     assert config.jobs is not None
-    (tmp_path / "photo.png").write_bytes(encoded(60, 80))
-    sent = client.submit(tmp_path / "photo.png")
+    photos = open_store(str(tmp_path / "photos"))
+    photos.put("one.png", encoded(60, 80))
+    sent = client.submit(tmp_path / "photos" / "one.png")
     assert client.wait(sent.id).state == "done"
     made = client.result(sent.id, tmp_path / "large.png")
     once = UpscaleConfig(
-        input=str(tmp_path / "photo.png"),
+        input=photos.uri,
         output=str(tmp_path / "once"),
         model=config.models["tiny"][0].uri,
         cluster=config.jobs.cluster,
