@@ -1,6 +1,7 @@
 """What the cluster files promise, as far as it can be checked without a cluster."""
 
 import ast
+import functools
 import json
 import re
 import shlex
@@ -21,7 +22,13 @@ from kdsr.serving.host import check_table
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 YAML_FILES = sorted(INFRA.rglob("*.yaml"))
+KUBERAY_FILES = sorted((INFRA / "kuberay").glob("*.yaml"))
 RAY = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+KUBERAY = jsonschema.Draft202012Validator(
+    json.loads((INFRA / "kuberay" / "schema.json").read_text(encoding="utf-8"))
+)
+Place = tuple[str | int, ...]
+CONTAINER = "spec/headGroupSpec/template/spec/containers/0"
 
 
 def load(path: Path) -> Any:
@@ -56,7 +63,7 @@ def test_no_file_carries_a_secret(path):
         assert name not in text
 
 
-@pytest.mark.parametrize("path", sorted((INFRA / "kuberay").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KUBERAY_FILES, ids=lambda path: path.name)
 def test_every_container_knows_its_store_and_its_limits(path):
     for containers in parts(load(path), "containers"):
         for container in containers:
@@ -66,9 +73,139 @@ def test_every_container_knows_its_store_and_its_limits(path):
             assert container["volumeMounts"][0]["mountPath"] == "/dev/shm"
 
 
-@pytest.mark.parametrize("path", sorted((INFRA / "kuberay").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KUBERAY_FILES, ids=lambda path: path.name)
 def test_a_cluster_on_kubernetes_asks_for_a_token(path):
     assert list(parts(load(path), "authOptions")) == [{"mode": "token"}]
+
+
+def refusals(content: Any) -> set[str]:
+    """The rules of KubeRay's schema that `content` breaks: `type`, `required`, `additionalProperties`, ..."""
+    return {error.validator for error in KUBERAY.iter_errors(content)}
+
+
+def levels(tree: Any, *, above: Place = ()) -> Iterator[Place]:
+    """The place of every mapping in `tree` whose names are not free to choose."""
+    if isinstance(tree, dict) and above[-1:] not in {("rayStartParams",), ("limits",), ("requests",)}:
+        yield above
+    if isinstance(tree, dict | list):
+        for name, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from levels(branch, above=(*above, name))
+
+
+def level(tree: Any, place: Place) -> Any:
+    return functools.reduce(lambda branch, name: branch[name], place, tree)
+
+
+def steps(where: str) -> Place:
+    """`a/0/b` as ("a", 0, "b")."""
+    return tuple(int(name) if name.isdecimal() else name for name in where.split("/"))
+
+
+@pytest.mark.parametrize("path", KUBERAY_FILES, ids=lambda path: path.name)
+def test_a_file_for_kuberay_fits_the_schema_of_its_kind(path: Path) -> None:
+    assert not [f"{error.json_path}: {error.message}" for error in KUBERAY.iter_errors(load(path))]
+
+
+def test_the_schema_of_kuberay_is_one_and_open_at_no_level() -> None:
+    KUBERAY.check_schema(KUBERAY.schema)
+    definitions = KUBERAY.schema["$defs"]
+    named = [place for place in levels(definitions) if "properties" in level(definitions, place)]
+    assert len(named) > 20
+    assert all(level(definitions, place).get("additionalProperties") is False for place in named)
+
+
+@pytest.mark.parametrize("path", KUBERAY_FILES, ids=lambda path: path.name)
+def test_a_misspelt_field_is_refused_at_every_level(path: Path) -> None:
+    places = list(levels(load(path)))
+    assert len(places) > 20
+    for place in places:
+        content = load(path)
+        fields = level(content, place)
+        first = next(iter(fields))
+        fields[f"{first}s"] = fields[first]  # beside the right one, or its absence could be what is refused
+        assert "additionalProperties" in refusals(content), f"{place}: {first}s"
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "value", "refusal"),
+    [
+        ("cluster", "apiVersion", "ray.io/v1alpha1", "const"),
+        ("cluster", "kind", "RayClusters", "enum"),
+        ("cluster", "spec", [], "type"),
+        ("cluster", "spec/rayVersion", 2.6, "type"),
+        ("cluster", "spec/enableInTreeAutoscaling", "yes", "type"),
+        ("cluster", "spec/authOptions/mode", "tokens", "enum"),
+        ("cluster", "spec/autoscalerOptions/version", "v3", "enum"),
+        ("cluster", "spec/autoscalerOptions/idleTimeoutSeconds", "2m", "type"),
+        ("cluster", "spec/headGroupSpec/rayStartParams/num-cpus", 0, "type"),
+        ("cluster", "spec/workerGroupSpecs/0/replicas", "0", "type"),
+        ("cluster", "spec/workerGroupSpecs/1/template/spec/tolerations/0/effect", "Never", "enum"),
+        ("cluster", f"{CONTAINER}/env/0/value", 60, "type"),
+        ("cluster", f"{CONTAINER}/resources/limits/cpu", 0.5, "type"),
+        ("cluster", f"{CONTAINER}/resources/limits/memory", "8 GiB", "pattern"),
+        ("distill", "spec/entrypoint", ["python"], "type"),
+        ("distill", "spec/backoffLimit", 1.5, "type"),
+        ("distill", "spec/preRunningDeadlineSeconds", 0, "minimum"),
+        ("distill", "spec/submissionMode", "K8sJob", "enum"),
+        ("service", "spec/serveConfigV2", {"applications": []}, "type"),
+        ("service", "spec/upgradeStrategy/type", "RollingUpdate", "enum"),
+    ],
+)
+def test_a_wrong_value_is_refused(name: str, where: str, value: Any, refusal: str) -> None:
+    content = load(INFRA / "kuberay" / f"{name}.yaml")
+    *above, field = steps(where)
+    assert field in level(content, above)
+    level(content, above)[field] = value
+    assert refusals(content) == {refusal}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("cluster", "spec/idleTimeoutSeconds"),  # of autoscalerOptions, or of a group of workers
+        ("cluster", "spec/entrypoint"),  # of a RayJob
+        ("cluster", "spec/headGroupSpec/replicas"),  # of a group of workers
+        ("cluster", "spec/headGroupSpec/containers"),  # of template.spec
+        ("cluster", "spec/headGroupSpec/template/spec/resources"),  # of a container
+        ("distill", "spec/rayClusterConfig"),  # so it is called in a RayService
+        ("distill", "spec/rayClusterSpec/backoffLimit"),  # of the job around it
+        ("service", "spec/rayClusterSpec"),  # so it is called in a RayJob
+        ("service", "spec/rayClusterConfig/serveConfigV2"),  # of the service around it
+    ],
+)
+def test_a_field_in_the_wrong_place_is_refused(name: str, where: str) -> None:
+    content = load(INFRA / "kuberay" / f"{name}.yaml")
+    *above, field = steps(where)
+    level(content, above)[field] = {}
+    assert refusals(content) == {"additionalProperties"}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("cluster", "apiVersion"),
+        ("cluster", "metadata/name"),
+        ("cluster", "spec"),
+        ("cluster", "spec/headGroupSpec"),
+        ("cluster", "spec/headGroupSpec/template"),
+        ("cluster", "spec/headGroupSpec/template/spec"),
+        ("cluster", "spec/headGroupSpec/template/spec/containers"),
+        ("cluster", f"{CONTAINER}/name"),
+        ("cluster", f"{CONTAINER}/env/0/name"),
+        ("cluster", f"{CONTAINER}/volumeMounts/0/mountPath"),
+        ("cluster", "spec/workerGroupSpecs/0/groupName"),
+        ("cluster", "spec/workerGroupSpecs/0/minReplicas"),
+        ("cluster", "spec/workerGroupSpecs/0/maxReplicas"),
+        ("cluster", "spec/workerGroupSpecs/1/template"),
+        ("distill", "spec/rayClusterSpec/headGroupSpec"),
+        ("service", "spec/rayClusterConfig"),
+    ],
+)
+def test_a_missing_field_is_refused(name: str, where: str) -> None:
+    content = load(INFRA / "kuberay" / f"{name}.yaml")
+    *above, field = steps(where)
+    del level(content, above)[field]
+    assert refusals(content) == {"required"}
 
 
 def test_the_job_on_kubernetes_is_a_request_that_distill_accepts():
