@@ -13,6 +13,8 @@ number is the median over the rounds, a ratio is taken within each round first, 
            decoded and cut meanwhile, LR made from HR, logs, checkpoints on S3.
 `workers`  the same with a worker of one thread for each core.
 `nodes`    the same workers, each on a Ray node of its own.
+`spare`    a job whose worker computes with one thread less than there are cores, against a plain loop with as
+           many (`bare_spare`): what the way of the data costs where cores are left to it, as beside a GPU.
 
 `steps_s` of jobs is by the clock of the run's own log, from the end of the warm-up to the last step, with all
 that happens between steps; start and warm-up are left out. `waiting_share` is what steps waited for their
@@ -71,10 +73,13 @@ BUCKET = "kdsr-train"
 JOB_SECONDS_LIMIT = 600
 SIDE = 480
 """Height and width of the pictures: one sub-image each, as large as `jobs/shard.py` makes them."""
+SPARED = max(1, CORES - 1)
+"""Threads of a worker that leaves a core to the reader."""
 IN_MEMORY = 4
 """Batches that the bare loop and `fit` take again and again."""
 LOG_EVERY = 50
 """Steps between rows of a job's log; those before the first row are its warm-up."""
+VARIANTS = "job,spare,workers,nodes"
 GPU_PATCHES = 4000.0
 """Patches that one GPU is assumed to train on in a second."""
 
@@ -356,18 +361,28 @@ class Rounds:
             "job": lambda: self._job(1),
             "workers": lambda: self._job(CORES),
             "nodes": self._on_nodes,
+            "bare_spare": lambda: self._bare_with(SPARED, seconds),
+            "spare": lambda: self._job(1, of="bare_spare", cpus_per_worker=SPARED),
         }
-        names = ["bare", "fit", *(name for name in takes if name in self._arguments.variants.split(","))]
+        asked = self._arguments.variants.replace("spare", "bare_spare,spare").split(",")
+        names = ["bare", "fit", *(name for name in takes if name in asked)]
         for number in range(self._arguments.rounds):
             for name in dict.fromkeys(names):
                 measured = takes[name]()
                 self.found.setdefault(name, []).append(measured)
                 say(f"round {number + 1}: {name} {_shown(measured)}")
 
-    def _job(self, workers: int, **cluster: Any) -> Measured:
+    def _bare_with(self, threads: int, seconds: float) -> Measured:
+        torch.set_num_threads(threads)
+        try:
+            return turn(self._bare, seconds)
+        finally:
+            torch.set_num_threads(CORES)
+
+    def _job(self, workers: int, *, of: str = "bare", **cluster: Any) -> Measured:
         every = self._config.log_every_steps
         seconds = 3.0 if self._arguments.quick else self._arguments.job_seconds
-        logs = max(2, round(self.found["bare"][0].steps_s * seconds / every))
+        logs = max(2, round(self.found[of][0].steps_s * seconds / every))
         number = sum(map(len, self.found.values()))
         asked = self._config.cluster.model_copy(update={"num_workers": workers, **cluster})
         fields = {"name": f"run-{number}", "num_steps": every * (1 + logs), "cluster": asked}
@@ -383,7 +398,7 @@ class Rounds:
         for name, all_measured in self.found.items():
             row: dict[str, Any] = {"variant": name, "rounds": len(all_measured)}
             row |= _middle(all_measured, "steps_s", spread=True)
-            ratios = self.ratios(name)
+            ratios = self.ratios(name, "bare_spare" if name == "spare" else "bare")
             row |= {"ratio": statistics.median(ratios), "ratio_spread": _spread(ratios)}
             for field in ("cpu_s", "waiting_share", "checkpoint_share"):
                 row |= _middle(all_measured, field)
@@ -546,6 +561,8 @@ def summary(rounds: Rounds, rows: list[dict[str, Any]], gpu_patches: float) -> d
     for name, key in (("workers", "workers_ratio"), ("nodes", "nodes_ratio")):
         if ratios := rounds.ratios(name, "job" if name == "workers" else "workers"):
             found[key] = statistics.median(ratios)
+    if spare := by_name.get("spare"):
+        found["spare_ratio"], found["spare_waiting_share"] = spare["ratio"], spare["waiting_share"]
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -557,7 +574,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.add_argument("--quick", action="store_true", help="fewer steps, noisier numbers")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variants", default="job,workers,nodes", help="some of job,workers,nodes")
+    parser.add_argument("--variants", default=VARIANTS, help=f"some of {VARIANTS}")
     parser.add_argument("--config", type=Path, default=ROOT / "jobs/configs/teacher_x4_alone.yaml")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints of the jobs")
     parser.add_argument("--job-seconds", type=float, default=20.0, help="of a job that are measured, about")

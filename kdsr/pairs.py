@@ -281,7 +281,7 @@ class PatchReader:
 
         Raises DataError when no sub-image is large enough.
         """
-        return _read_ahead(self._batches(start), depth=BATCHES_READY)
+        return read_ahead(self._batches(start), depth=BATCHES_READY)
 
     def _batches(self, start: Cursor) -> Generator[PatchBatch, None, None]:
         """Rows are asked for as many steps ahead as a lane takes for the rows that it mixes."""
@@ -530,7 +530,33 @@ def _inner(images: Tensor, axes: tuple[int, int], edge: int) -> Tensor:
 Item = TypeVar("Item")
 
 
-def _read_ahead(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
+def made_ahead(make: PairMaker, batches: Iterator[PatchBatch]) -> Iterator[tuple[PairBatch, Cursor]]:
+    """A pair and its cursor for each of `batches`; on a CPU made while the step before computes.
+
+    What a step waits for is then no more than what it was not made in time. By one thread: a core that is
+    free is enough, and where none is, steps are held up the less.
+    """
+    pairs = ((make(batch), batch.cursor) for batch in batches)
+    return _by_one_thread(pairs) if make.device.type == "cpu" else pairs
+
+
+def _by_one_thread(items: Generator[Item, None, None]) -> Iterator[Item]:
+    """`items` made ahead, with torch's own threads for this thread alone."""
+    num_threads = torch.get_num_threads()
+
+    def produce() -> Generator[Item, None, None]:
+        torch.set_num_threads(1)
+        yield from items
+
+    ahead = read_ahead(produce(), depth=1)
+    first = next(ahead)
+    # Torch gives the number that was set last, by whatever thread, to threads that are yet to come.
+    torch.set_num_threads(num_threads)
+    yield first
+    yield from ahead
+
+
+def read_ahead(items: Generator[Item, None, None], *, depth: int) -> Generator[Item, None, None]:
     """`items` made by a thread of its own, at most `depth` of them waiting; its error is raised here."""
     queue: Queue[Item | BaseException] = Queue(maxsize=depth)
     stopped = threading.Event()

@@ -67,7 +67,7 @@ from kdsr.objectives import (
     why_live,
 )
 from kdsr.objectives.step import Taps, require_tap, tap_grids, tap_names
-from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchBatch, PatchReader, mixed_seed
+from kdsr.pairs import Cursor, PairBatch, PairMaker, PatchBatch, PatchReader, made_ahead, mixed_seed
 from kdsr.spec import Card, Frozen, Goal, ModelSpec, ShardIndex, TeacherRef
 from kdsr.store import Store, open_store
 from kdsr.terms import (
@@ -514,7 +514,7 @@ def _pairs(
     make = PairMaker(
         degradation, config.model.scale, degradation.context, config.model.channels, worker.device
     )
-    return ((make(batch), batch.cursor) for batch in worker.batches(reader, start))
+    return made_ahead(make, worker.batches(reader, start))
 
 
 def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, ...]:
