@@ -114,6 +114,10 @@ def test_the_client_loads_neither_torch_nor_ray():
     assert loaded_after("import kdsr.client") == {"PIL"}
 
 
+def test_an_entrance_of_the_server_loads_no_torch():
+    assert "torch" not in loaded_after("import cluster.serve")
+
+
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_a_job_answers_help_without_loading_anything_heavy(job):
     code = f"import runpy, sys; sys.argv[0] = {str(job)!r}; runpy.run_path({str(job)!r}, run_name='__main__')"

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
@@ -15,7 +16,7 @@ from kdsr import codecs, pairs, shards
 from kdsr.config import BicubicDegradation, DataConfig, RealWorldDegradation
 from kdsr.degrade import bicubic_lr, build_degradation
 from kdsr.errors import DataError, ShardCorrupt
-from kdsr.pairs import Cursor, PairMaker, PatchReader, grey
+from kdsr.pairs import Cursor, PairMaker, PatchReader, grey, made_ahead
 from kdsr.store import open_store
 from tests.small_shards import row, write_set
 
@@ -192,6 +193,21 @@ def test_a_patch_is_degraded_alike_in_whatever_part_of_a_batch(place):
     whole, part = take(alone, 1)[0], take(replace(alone, rank=1, world_size=3), 1)[0]
     lr, own = (PairMaker(degradation, SCALE, 0, 3, CPU)(batch).lr for batch in (whole, part))
     assert torch.equal(own, lr[1::3]) and not torch.equal(lr[0], lr[1])
+
+
+def test_pairs_that_are_made_ahead_are_the_same_and_leave_torch_its_threads(place):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        reader, make = reader_of(place, batch_size=2), pair_maker(SCALE, 0)
+        ahead = list(islice(made_ahead(make, reader.batches()), 4))
+        seen_later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
+        assert torch.get_num_threads() == seen_later == before + 1
+    finally:
+        torch.set_num_threads(before)
+    for (pair, cursor), batch in zip(ahead, reader.batches(), strict=False):
+        assert cursor == batch.cursor
+        assert torch.equal(pair.lr, make(batch).lr) and torch.equal(pair.hr, make(batch).hr)
 
 
 def test_an_index_without_sizes_is_read_all_the_same(place):
@@ -382,6 +398,20 @@ def test_reading_ends_with_the_reader(place, window_rows):
     stream.close()
     own.join(timeout=60)
     assert not own.is_alive()
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+def test_nobody_reads_on_when_pairs_are_no_longer_wanted(place, taken):
+    others = reading_threads()
+    stream = made_ahead(pair_maker(SCALE, 0), reader_of(place).batches())
+    for _ in range(taken):
+        next(stream)
+    own = reading_threads() - others
+    assert len(own) == 2
+    stream.close()
+    for thread in own:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in own)
 
 
 def test_a_row_is_what_was_put_in(place):
