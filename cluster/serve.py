@@ -36,6 +36,8 @@ APP_NAME = "kdsr"
 _THIS_PROCESS = uuid.uuid4().hex
 ENTRANCE_CPUS = 0.1
 """It mostly waits; what it hashes and reads from headers is little."""
+FEW_ARENAS = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
+"""For processes of many threads, which share these: glibc keeps what is freed in each of its arenas."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
 """How long a description is taken for the present one, and how long it is better than none."""
 ANSWER_SECONDS = 3.0
@@ -172,7 +174,7 @@ def app(args: ServeConfig) -> serve.Application:
     entrance = _unchanged(serve.deployment(serve.ingress()(Entrance)), settings).options(
         name="Entrance",
         num_replicas=args.entrances,
-        ray_actor_options={"num_cpus": ENTRANCE_CPUS},
+        ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": FEW_ARENAS},
         max_ongoing_requests=1000,
         **_draining(args),
     )
@@ -208,7 +210,11 @@ def _replica_options(config: ServeConfig) -> dict[str, Any]:
     cpus = max(0.5, share - (1.0 if config.jobs else 0.0))
     return {
         "name": "Replica",
-        "ray_actor_options": {"num_cpus": cpus, "num_gpus": 1 if cluster.use_gpu else 0},
+        "ray_actor_options": {
+            "num_cpus": cpus,
+            "num_gpus": 1 if cluster.use_gpu else 0,
+            "runtime_env": FEW_ARENAS,
+        },
         # Admission refuses what is too much, at once; here nothing is to wait without being counted.
         "max_ongoing_requests": 16 * MAX_CALLS,
         "max_queued_requests": 16 * MAX_CALLS,

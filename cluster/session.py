@@ -14,7 +14,6 @@ from typing import Any
 import ray
 import ray._private.state
 import ray._private.worker
-import ray.data
 from ray._private.log import PlainRayHandler
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
@@ -279,6 +278,8 @@ def last_line(error: Exception | str) -> str:
 
 def leave_terminal_to_our_bar() -> None:
     """Ray Data's own progress and plans go to its log file only."""
+    import ray.data  # and with it pandas, which not every job needs
+
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, PlainRayHandler):

@@ -4,10 +4,8 @@ Owns device, number type and memory layout. Knows no images and no files, nor wh
 """
 
 import copy
-import ctypes
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from math import log10
@@ -41,9 +39,6 @@ CACHED_PIXELS = 3 * 2**14
 """LR pixels that go through a network's layers together on a CPU; a third as many were as fast."""
 WORTHWHILE = 1.1
 """A narrower type must be so much faster to be worth its rounding."""
-MAX_ARENAS = 4
-"""Parts of the heap that threads share."""
-_M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
 class Engine:
@@ -363,15 +358,12 @@ def _drawn(network: Network, tile: np.ndarray) -> np.ndarray | None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, up to 64 MB of each of a few arenas, rather than give it back.
+    """Have the C library keep what is freed, up to 64 MB a thread, rather than give it back after each layer.
 
     Getting zeroed pages again took up to a third of a pass. glibc raises its limits for both when it frees a
-    block just below 32 MiB for the first time. Threads share the arenas: with one each, as many times as much
-    would be kept. With another C library this does nothing.
+    block just below 32 MiB for the first time; elsewhere this does nothing.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
-    with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, MAX_ARENAS)
 
 
 def _checked_device(name: str) -> torch.device:
