@@ -73,6 +73,7 @@ class JobRunner:
                 # The entrance has not written the request yet, or died before it did.
                 if time.monotonic() - self._incomplete.setdefault(id_, time.monotonic()) > TIDY_SECONDS:
                     records.give_up(id_, owner)
+                    del self._incomplete[id_]
                 continue
             self._incomplete.pop(id_, None)
             if job.outcome is not None:

@@ -281,7 +281,7 @@ class PatchReader:
 
         Raises DataError when no sub-image is large enough.
         """
-        return read_ahead(self._batches(start), depth=BATCHES_READY)
+        return _read_ahead(self._batches(start), depth=BATCHES_READY)
 
     def _batches(self, start: Cursor) -> Generator[PatchBatch, None, None]:
         """Rows are asked for as many steps ahead as a lane takes for the rows that it mixes."""
@@ -548,15 +548,17 @@ def _by_one_thread(items: Generator[Item, None, None]) -> Iterator[Item]:
         torch.set_num_threads(1)
         yield from items
 
-    ahead = read_ahead(produce(), depth=1)
-    first = next(ahead)
-    # Torch gives the number that was set last, by whatever thread, to threads that are yet to come.
-    torch.set_num_threads(num_threads)
+    ahead = _read_ahead(produce(), depth=1)
+    try:
+        first = next(ahead)
+    finally:
+        # Torch gives the number that was set last, by whatever thread, to threads that are yet to come.
+        torch.set_num_threads(num_threads)
     yield first
     yield from ahead
 
 
-def read_ahead(items: Generator[Item, None, None], *, depth: int) -> Generator[Item, None, None]:
+def _read_ahead(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
     """`items` made by a thread of its own, at most `depth` of them waiting; its error is raised here."""
     queue: Queue[Item | BaseException] = Queue(maxsize=depth)
     stopped = threading.Event()
