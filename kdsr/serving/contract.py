@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from kdsr import __version__
 from kdsr.codecs import ImageHeader, output_format
-from kdsr.config import EncodeConfig, LimitsConfig, OutputFormat, of_extension
+from kdsr.config import EncodeConfig, LimitsConfig, OutputFormat, Precision, of_extension
 from kdsr.serving.problems import Problem
 from kdsr.spec import Card, Frozen
 
@@ -162,7 +162,7 @@ class ServedNetwork:
     """One network that a replica holds."""
 
     card: Card
-    precision: str
+    precision: Precision
     uri: str
 
     @property

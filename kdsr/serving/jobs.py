@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kdsr.config import EncodeConfig, OutputFormat, ServedJobsConfig, StoreConfig, UpscaleConfig
+from kdsr.config import (
+    EncodeConfig,
+    OutputFormat,
+    Precision,
+    ServedJobsConfig,
+    StoreConfig,
+    UpscaleConfig,
+)
 from kdsr.errors import KeyExists, KeyNotFound
 from kdsr.naming import is_junk
 from kdsr.provenance import now
@@ -47,6 +54,8 @@ class JobRequest(Frozen):
     network: str
     """Uri of the network."""
     network_sha256: str
+    precision: Precision = "auto"
+    """What the server computes with, so that a job has the pixels of an answer."""
     scale: float | None = None
     format: OutputFormat | None = None
     quality: int | None = None
@@ -59,6 +68,7 @@ class JobRequest(Frozen):
             output=self.output,
             model=self.network,
             scale=self.scale,
+            precision=self.precision,
             format=self.format,
             encode=encode,
             include=self.include,
@@ -282,6 +292,7 @@ def request_of(
         model=model.name,
         network=network.uri,
         network_sha256=network.card.sha256,
+        precision=network.precision,
         scale=options.scale,
         format=options.format,
         quality=options.quality,
