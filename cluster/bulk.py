@@ -290,13 +290,14 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
     tasks = ray.data.read_parquet(f"{root}/{records.pending_key}", filesystem=filesystem)
     # An actor answers a whole block at a time, and the blocks are spread over the actors.
     rows = min(MAX_TASK_ROWS, math.ceil(plan.pending / (4 * cluster.most_workers)))
+    deaths = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DeathCount).remote()
     statuses = tasks.repartition(target_num_rows_per_block=rows).map_batches(
         UpscaleActor,
         fn_constructor_kwargs={
             "config": config,
             "model_sha256": card.sha256,
             "num_threads": session.worker_threads(cluster),
-            "deaths": ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DeathCount).remote(),
+            "deaths": deaths,
         },
         batch_size=rows,
         batch_format="pyarrow",
@@ -307,8 +308,13 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
         num_cpus=session.worker_cpus(cluster, reader_cpus=session.READER_CPUS),
         num_gpus=1 if cluster.use_gpu else 0,
     )
-    for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from manifest.table_to_statuses(batch)
+    try:
+        for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from manifest.table_to_statuses(batch)
+    finally:
+        # A run that broke may live on in the traceback of its error, and with it all that it refers to.
+        if ray.is_initialized():
+            ray.kill(deaths)
 
 
 class DeathCount:
