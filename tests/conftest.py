@@ -17,6 +17,7 @@ from kdsr.store import Store, open_store  # noqa: E402
 
 BUCKET = "kdsr-tests"
 FOLDERS = {"unit", "ray", "s3", "e2e"}
+SHARES = {"e2e": "jobs", "faults": "jobs", "ray": "clusters", "s3": "clusters"}
 
 # Ray's workers are very polite to the other tests, and would starve beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -30,14 +31,15 @@ settings.load_profile("kdsr")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test with the name of its folder below tests/.
 
-    Of two processes that share the tests one has all that start Ray, servers and jobs, and mostly wait.
+    What starts Ray, servers and jobs mostly waits. Of several processes that share the tests one has those
+    with a cluster of the tests' own, and one has the rest, so that no more than two run at once.
     """
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
-        if folder != "unit":
-            item.add_marker(pytest.mark.xdist_group("clusters"))
+        if folder in SHARES:
+            item.add_marker(pytest.mark.xdist_group(SHARES[folder]))
 
 
 @pytest.fixture(scope="module")

@@ -92,11 +92,14 @@ def two_nodes(
         cluster.token_path.touch(mode=0o600)
         cluster.token_path.write_text(secrets.token_hex(32))
         given = _environment(os.environ if environment is None else environment, cluster)
-        with contextlib.ExitStack() as nodes:
+        nodes: list[subprocess.Popen[bytes]] = []
+        try:
             for number, flags in enumerate((_head(folder, head), _worker(cluster, worker))):
                 command = [*_ray_start(), *flags, f"--num-cpus={num_cpus[number]}"]
-                nodes.callback(_stop, _started(command, given, cluster, num_nodes=number + 1))
+                nodes.append(_started(command, given, cluster, num_nodes=number + 1))
             yield cluster
+        finally:
+            _stop(*nodes)
 
 
 def _ports(names: Sequence[str], dashboard_port: int | None = None) -> dict[str, int]:
@@ -173,17 +176,20 @@ def _is_there(num_nodes: int, cluster: TwoNodes, process: "subprocess.Popen[byte
     return False
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End one node; `ray start` ends the processes that it began, and whoever is left goes with its group."""
-    try:
-        process.terminate()
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        print("a node did not stop by itself and is killed", file=sys.stderr)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _stop(*nodes: "subprocess.Popen[bytes]") -> None:
+    """End nodes; `ray start` ends the processes that it began, and whoever is left goes with its group."""
+    for node in nodes:
+        node.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for node in nodes:
+        try:
+            node.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            print("a node did not stop by itself and is killed", file=sys.stderr)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ num_steps: 40
 batch_size: 4
 log_every_steps: 10
 save_every_steps: 10
-validate_every_steps: 20
+validate_every_steps: 200
 """
+TEACHER_STEPS = 600
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,22 @@ def run(job: str, *flags: str, expected: int = 0) -> str:
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
 
+def run_killed(place: Store, run_key: str, job: str, *flags: str) -> int:
+    """Start a training, kill its driver after the first checkpoint, and return the step of the last."""
+    driver = subprocess.Popen(command(job, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=2)
+    deadline = time.monotonic() + 240
+    while not place.exists(f"{run_key}/checkpoints/latest.json"):
+        assert driver.poll() is None, "the job ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)  # the workers notice that their driver is gone
+    return int(json.loads(place.get(f"{run_key}/checkpoints/latest.json"))["step"])
+
+
 def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_path: Path) -> None:
+    """The first training is killed on its way, and the same command goes on where it was."""
     uri = place.uri
     config = tmp_path / "training.yaml"
     config.write_text(TRAINING)
@@ -65,17 +81,14 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
     assert "sharded 6 images" in said and "1 rejected" in said
 
     base = ["--config", str(config), "--output", f"{uri}/runs"]
-    edsr = [
-        "--model.kind",
-        "edsr",
-        "--model.scale",
-        "2",
-        "--model.num_features",
-        "8",
-        "--model.num_blocks",
-        "1",
-    ]
-    run("train_teacher", *base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr)
+    edsr = ["--model.kind", "edsr", "--model.scale", "2", "--model.num_features", "8"]
+    edsr += ["--model.num_blocks", "1", "--num_steps", str(TEACHER_STEPS)]
+    training = [*base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr]
+    reached = run_killed(place, "runs/teacher", "train_teacher", *training)
+    assert 0 < reached < TEACHER_STEPS and not place.exists("runs/teacher/model/card.json")
+    run("train_teacher", *training)
+    lines = place.get("runs/teacher/metrics.jsonl").decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(10, TEACHER_STEPS + 1, 10))
     teacher = f"{uri}/runs/teacher/model"
     asked = ["--teacher.uri", teacher, "--teacher.force"]
     run("label", "--shards", f"{uri}/shards", *asked, "--output", f"{uri}/labelled")
@@ -96,17 +109,8 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
     card = json.loads(place.get("runs/student/model/card.json"))
     assert card["teacher"]["name"] == "teacher" and card["spec"]["folded"]
 
-    run(
-        "evaluate",
-        "--model",
-        model,
-        "--model",
-        teacher,
-        "--benchmark",
-        f"{uri}/bench",
-        "--output",
-        f"{uri}/report",
-    )
+    models = ["--model", model, "--model", teacher]
+    run("evaluate", *models, "--benchmark", f"{uri}/bench", "--output", f"{uri}/report")
     rows = json.loads(place.get("report/results.json"))["rows"]
     assert [row["model"] for row in rows] == ["bicubic", "student", "teacher"]
 
@@ -119,58 +123,11 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
     assert Image.open(tmp_path / "big.png").size == (288, 256)
 
 
-def test_a_killed_training_goes_on_where_it_was(tmp_path: Path) -> None:
-    write_photographs(tmp_path / "photos", 6)
-    config = tmp_path / "training.yaml"
-    config.write_text(TRAINING.replace("num_steps: 40", "num_steps: 1500"))
-    run(
-        "shard",
-        "--input",
-        f"{tmp_path}/photos",
-        "--output",
-        f"{tmp_path}/shards",
-        "--heldout_fraction",
-        "0.3",
-    )
-    flags = ["--config", str(config), "--output", f"{tmp_path}/runs", "--name", "killed"]
-    flags += ["--data.shards", f"{tmp_path}/shards", "--model.kind", "espcn", "--model.scale", "2"]
-    latest = tmp_path / "runs/killed/checkpoints/latest.json"
-    driver = subprocess.Popen(command("train_teacher", *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=2)
-    wait_for(latest, driver)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    time.sleep(3)  # the workers notice that their driver is gone
-    reached = json.loads(latest.read_text())["step"]
-    assert 0 < reached < 1500
-    run("train_teacher", *flags)
-    steps = [
-        json.loads(line)["step"] for line in (tmp_path / "runs/killed/metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == list(range(10, 1501, 10))
-    assert (tmp_path / "runs/killed/model/card.json").exists()
-
-
-def wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        assert process.poll() is None, "the job ended before its first checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_refusals_name_what_is_wrong_before_ray_starts(tmp_path: Path) -> None:
     flags = ["--name", "x", "--output", f"{tmp_path}/runs", "--data.shards", f"{tmp_path}/nothing"]
     student = ["--student.kind", "espcn", "--student.scale", "2", "--teacher.uri", "edsr-small-x4"]
     assert "is empty" in run("distill", *flags, *student, expected=2)
     assert "did you mean --num_steps?" in run("distill", *flags, *student, "--num_stepz", "3", expected=2)
-    assert "no bundled model 'nothing-x4'" in run(
-        "upscale",
-        "--input",
-        f"{tmp_path}",
-        "--output",
-        f"{tmp_path}/out",
-        "--model",
-        "nothing-x4",
-        expected=2,
-    )
+    places = ["--input", f"{tmp_path}", "--output", f"{tmp_path}/out"]
+    assert "no bundled model 'nothing-x4'" in run("upscale", *places, "--model", "nothing-x4", expected=2)
     assert not (tmp_path / "runs").exists()

@@ -17,16 +17,19 @@ import torch
 from infra.local_s3.serve import LocalS3
 from infra.two_nodes.serve import TwoNodes, two_nodes
 from kdsr.checkpoint import save_model
+from kdsr.cli import parse
+from kdsr.config import DistillConfig
 from kdsr.models import build_model
 from kdsr.spec import Card, EdsrSpec
 from kdsr.store import Store, open_store
 from tests.conftest import BUCKET
 from tests.pictures import write_photographs
+from tests.processes import train_over_processes
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
-PATIENCE, NUM_STEPS = 600, 1200
-# Six starts of jobs that a busy machine may take long for.
+PATIENCE, NUM_STEPS = 600, 800
+# Four starts of jobs that a busy machine may take long for.
 pytestmark = pytest.mark.timeout(4 * PATIENCE)
 TRAINING = """\
 data: {patch_size: 12, patches_per_row: 4, window_rows: 8}
@@ -35,7 +38,7 @@ terms: [{kind: pixel}, {kind: output}]
 precision: float32
 batch_size: 4
 log_every_steps: 1
-save_every_steps: 100
+save_every_steps: 50
 validate_every_steps: 10000
 num_validation_images: 0
 """
@@ -43,7 +46,7 @@ num_validation_images: 0
 
 @pytest.fixture(scope="module")
 def place(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """An S3 prefix with photographs, a teacher of random weights and, after the first test, shards."""
+    """An S3 prefix with photographs, a teacher of random weights."""
     store = open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     for path in write_photographs(tmp_path_factory.mktemp("photos"), 4):
         store.put_file(f"photos/{path.name}", path)
@@ -115,28 +118,6 @@ def losses(place: Store, name: str) -> list[tuple[float, float]]:
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "training.yaml"
-    path.write_text(TRAINING)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shards(cluster: TwoNodes, place: Store) -> str:
-    """What the job of that name said."""
-    flags = ("--input", f"{place.uri}/photos", "--output", f"{place.uri}/shards", "--heldout_fraction", "0.3")
-    return submit(cluster, "shard", *flags)
-
-
-@pytest.fixture(scope="module")
-def whole(cluster: TwoNodes, place: Store, config: Path, shards: str) -> str:
-    """The model of a run on both nodes that nobody stopped."""
-    assert "sharded 4 images" in shards
-    assert "whole" in submit(cluster, "distill", *distil_flags(place, config, "whole"))
-    return f"{place.uri}/runs/whole/model"
-
-
 def test_who_has_not_the_token_is_refused(cluster: TwoNodes, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
@@ -149,23 +130,16 @@ def test_who_has_not_the_token_is_refused(cluster: TwoNodes, tmp_path: Path) -> 
     )
 
 
-def test_shards_are_made_trained_on_by_both_nodes_and_the_model_upscales(
-    cluster: TwoNodes, place: Store, whole: str
+def test_shards_are_made_and_a_run_on_both_nodes_that_was_stopped_comes_to_what_it_would_have_come_to(
+    cluster: TwoNodes, place: Store, tmp_path: Path
 ) -> None:
-    assert len(nodes_of_workers(cluster)) == 2
-    assert [step for step, _ in losses(place, "whole")] == list(range(1, NUM_STEPS + 1))
-    said = submit(
-        cluster, "upscale", "--input", f"{place.uri}/photos", "--output", f"{place.uri}/big", "--model", whole
-    )
-    assert "upscaled 4 images" in said and "failed 0" in said
-    assert {info.key for info in place.list("big/") if info.key.endswith(".png")} == {
-        f"big/photo-{number}.png" for number in range(4)
-    }
+    """The model that comes of it upscales on the same cluster."""
+    photos, shards = f"{place.uri}/photos", f"{place.uri}/shards"
+    said = submit(cluster, "shard", "--input", photos, "--output", shards, "--heldout_fraction", "0.3")
+    assert "sharded 4 images" in said
 
-
-def test_a_stopped_job_that_is_submitted_again_takes_the_steps_of_one_that_was_not(
-    cluster: TwoNodes, place: Store, config: Path, whole: str
-) -> None:
+    config = tmp_path / "training.yaml"
+    config.write_text(TRAINING)
     flags = distil_flags(place, config, "stopped")
     job = f"stopped-{uuid.uuid4().hex}"
     command = ("--", "python", "jobs/distill.py", *flags)
@@ -177,7 +151,19 @@ def test_a_stopped_job_that_is_submitted_again_takes_the_steps_of_one_that_was_n
     reached = json.loads(place.get("runs/stopped/checkpoints/latest.json"))["step"]
     assert 0 < reached < NUM_STEPS and not place.exists("runs/stopped/model/card.json")
     assert "stopped" in submit(cluster, "distill", *flags)
+    assert len(nodes_of_workers(cluster)) == 2
+
+    whole = parse(DistillConfig, distil_flags(place, config, "whole"))
+    train_over_processes(whole, num_workers=2, folder=tmp_path / "whole")
+    assert [step for step, _ in losses(place, "whole")] == list(range(1, NUM_STEPS + 1))
     assert losses(place, "stopped") == losses(place, "whole")
+
+    target, model = f"{place.uri}/big", f"{place.uri}/runs/stopped/model"
+    said = submit(cluster, "upscale", "--input", photos, "--output", target, "--model", model)
+    assert "upscaled 4 images" in said and "failed 0" in said
+    assert {info.key for info in place.list("big/") if info.key.endswith(".png")} == {
+        f"big/photo-{number}.png" for number in range(4)
+    }
 
 
 def wait_until(is_so: Callable[[], bool], cluster: TwoNodes, job: str) -> None:

@@ -17,8 +17,9 @@ from ray.experimental.internal_kv import _initialize_internal_kv
 
 from bench.bulk import processes
 from cluster.train import run
+from kdsr.checkpoint import StateStore
 from kdsr.config import ClusterConfig, DistillConfig
-from kdsr.training import saved_step, train
+from kdsr.training import run_store, saved_step, train
 from tests.processes import train_over_processes
 from tests.whole_runs import TERMS, Places, config_of, history, make_places, outcome
 
@@ -106,6 +107,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
+        # A node that is gone is missed after a second or two, and not after a quarter of a minute.
+        for name, value in (("initial_delay_ms", 500), ("period_ms", 500), ("failure_threshold", 2)):
+            patch.setenv(f"RAY_health_check_{name}", str(value))
         made = Cluster()
         add_node(made)
         yield made
@@ -179,3 +183,40 @@ def test_a_run_of_any_number_of_workers_goes_on_with_those_that_are_left(
     assert [row["step"] for row in history(config)] == list(range(1, NUM_STEPS + 1))
     for ours, theirs in zip(history(config), history(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), ours["step"]
+
+
+def drain(cluster: Any, node: Any) -> None:
+    """Say that the node is taken away in ten minutes, as a cloud does."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int((time.time() + 600) * 1000)
+    accepted, why = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "", deadline)
+    assert accepted, why
+
+
+def test_a_run_leaves_a_node_that_is_taken_away_with_one_checkpoint(
+    cluster: Any, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a run has no other checkpoints than those with which it leaves."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    node = next(iter(cluster.worker_nodes), None) or add_node(cluster)
+    either = ClusterConfig(num_workers=(1, 2), cpus_per_worker=1)
+    never = {"num_steps": 10**6, "save_every_steps": 10**6, "log_every_steps": 10**6}
+    config = config_for(places, tmp_path / "runs", cluster=either, dropout=0, **never)
+    driver = job(cluster, config, tmp_path)
+    wait_until(lambda: len(workers(os.getpid())) == 2)
+    first = workers(os.getpid())
+    drain(cluster, node)
+    reaches(driver, config, 1)
+    left_at = saved_step(config)
+    wait_until(lambda: bool(workers(os.getpid()) - first))
+    cluster.remove_node(node, allow_graceful=False)
+    driver.send_signal(signal.SIGTERM)
+    said, _ = driver.communicate(timeout=LIMIT_SECONDS)
+    assert driver.returncode == 1, said
+    assert f"workers were told to leave and saved step {left_at}; going on with what is left" in said
+    assert "lost workers" not in said
+    states = StateStore(run_store(config))
+    assert left_at == states.step("previous") < (states.step("latest") or 0)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cluster.data import NAME, WholeSplit, in_batches, source
 from cluster.train import run
 from kdsr.checkpoint import load_model
 from kdsr.config import ClusterConfig, DataConfig, TeacherTrainingConfig
-from kdsr.errors import DataError, RequestError
+from kdsr.errors import DataError, RequestError, ShardCorrupt
 from kdsr.pairs import Cursor, PatchBatch, PatchReader
 from kdsr.shards import read_index
 from kdsr.spec import EspcnSpec
@@ -93,3 +94,12 @@ def test_a_run_begins_its_epoch_again_on_more_workers(shards: str, tmp_path: Pat
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert card.num_steps == 8
     assert load_model(f"file://{tmp_path}/run/model").model.spec.scale == 2
+
+
+def test_a_broken_sub_image_ends_the_run_by_its_name(ray_local: None, tmp_path: Path) -> None:
+    whole = row("whole.png", np.zeros((40, 40, 3), np.uint8))
+    broken = replace(whole, key="broken.png", image=whole.image[:60])
+    store = open_store(f"file://{tmp_path}/shards")
+    write_set(store, [[whole, broken]])
+    with pytest.raises(ShardCorrupt, match=r"x 0, y 0 of broken\.png: .*run the job that made it again"):
+        run(config_for(store.uri, tmp_path / "runs"))
