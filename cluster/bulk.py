@@ -8,7 +8,7 @@ import glob
 import math
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 from tqdm import tqdm
 
 from cluster import session
+from cluster.deaths import DeathCount
 from kdsr import manifest, upscale_report
 from kdsr.checkpoint import load_model
 from kdsr.codecs import SUFFIXES
@@ -315,29 +316,6 @@ def _statuses(config: UpscaleConfig, card: Card, records: Records, plan: Plan) -
         # A run that broke may live on in the traceback of its error, and with it all that it refers to.
         if ray.is_initialized():
             ray.kill(deaths)
-
-
-class DeathCount:
-    """Which images were begun and not ended: those that a dying worker had in hand. One actor for all."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin_all(self, ids: list[str]) -> list[int]:
-        """How often each was begun without an end before; marks all as begun when none ever was."""
-        earlier = [self._begun[id_] for id_ in ids]
-        if not any(earlier):
-            self._begun.update(ids)
-        return earlier
-
-    def begin(self, id_: str) -> None:
-        """Mark one image as begun once more."""
-        self._begun[id_] += 1
-
-    def end(self, ids: list[str]) -> None:
-        """Forget images that were answered for."""
-        for id_ in ids:
-            self._begun.pop(id_, None)
 
 
 class UpscaleActor:

@@ -1,8 +1,8 @@
 """Models behind HTTP with Ray Serve: entrances that read requests, replicas that hold networks.
 
 `app` is what `serve build` and `serve deploy` import: cluster.serve:app with the fields of ServeConfig as its
-args. Knows no pixels: encoded bytes go to a replica, and encoded bytes come back. Only replicas and jobs load
-torch, where they begin: entrances are small, and start soon.
+args. Knows no pixels: encoded bytes go to a replica, and encoded bytes come back. Only replicas
+load torch, and what does a job: all else is small, and starts soon.
 """
 
 import asyncio

@@ -9,16 +9,13 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster import bulk
-from kdsr.checkpoint import load_card
 from kdsr.config import ServeConfig
 from kdsr.errors import CheckpointCorrupt, KdsrError
-from kdsr.manifest import Plan
 from kdsr.serving.jobs import (
     MAX_SHOWN_FAILURES,
     JobCounts,
@@ -28,6 +25,10 @@ from kdsr.serving.jobs import (
     open_records,
 )
 from kdsr.serving.problems import Problem
+
+if TYPE_CHECKING:
+    from cluster.bulk import Tally
+    from kdsr.manifest import Plan
 
 logger = logging.getLogger("kdsr.serving")
 
@@ -124,6 +125,10 @@ class JobRunner:
 
 def run_job(id_: str, request: JobRequest, settings: dict[str, Any]) -> dict[str, Any]:
     """Do the whole of a job, or what is left of it; a JobOutcome as plain values."""
+    # Only here: what watches the jobs stays small.
+    from cluster import bulk
+    from kdsr.checkpoint import load_card
+
     config = ServeConfig.model_validate(settings)
     assert config.jobs is not None
     records, wanted = (
@@ -132,7 +137,7 @@ def run_job(id_: str, request: JobRequest, settings: dict[str, Any]) -> dict[str
     )
     last = 0.0
 
-    def watch(plan: Plan, tally: bulk.Tally) -> None:
+    def watch(plan: "Plan", tally: "Tally") -> None:
         nonlocal last
         if time.monotonic() - last > POLL_SECONDS:
             last = time.monotonic()

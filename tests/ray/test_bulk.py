@@ -14,7 +14,8 @@ import pytest
 import ray
 import torch
 
-from cluster.bulk import MAX_DEATHS, DeathCount, UpscaleActor, _Ledger, upscale, verify
+from cluster.bulk import MAX_DEATHS, UpscaleActor, _Ledger, upscale, verify
+from cluster.deaths import DeathCount
 from kdsr import codecs, manifest
 from kdsr.checkpoint import save_model
 from kdsr.config import UpscaleConfig

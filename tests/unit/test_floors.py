@@ -114,8 +114,13 @@ def test_the_client_loads_neither_torch_nor_ray():
     assert loaded_after("import kdsr.client") == {"PIL"}
 
 
-def test_an_entrance_of_the_server_loads_no_torch():
-    assert "torch" not in loaded_after("import cluster.serve")
+@pytest.mark.parametrize("module", ["cluster.serve", "cluster.serve_jobs"])
+def test_the_server_loads_torch_in_its_replicas_only(module):
+    assert "torch" not in loaded_after(f"import {module}")
+
+
+def test_who_counts_deaths_loads_nothing_heavy():
+    assert loaded_after("import cluster.deaths") == set()
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
