@@ -21,13 +21,16 @@ DRAWS := bench/degradation_samples.py bench/render_results.py bench/join_compari
 APART := bench/serve.py bench/soak.py
 MEASURES := $(filter-out $(DRAWS) $(APART),$(sort $(wildcard bench/*.py)))
 
-.PHONY: demo test lint format bench setup browser clean
+.PHONY: demo test test-long lint format bench setup browser clean
 
 demo: setup ## the whole main job on a few photographs; ends with a table and a picture
 	$(BIN)/python jobs/demo.py
 
-test: setup browser ## all tests; the S3 ones start their own server
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+test: setup browser ## all tests but the long ones; the S3 ones start their own server
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long" $(PYTEST_ARGS)
+
+test-long: setup ## those that hit, stop and begin again whole jobs: a quarter of an hour
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: setup ## style, formatting and types
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 PATIENCE, NUM_STEPS = 600, 800
 # Four starts of jobs that a busy machine may take long for.
-pytestmark = pytest.mark.timeout(4 * PATIENCE)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * PATIENCE)]
 TRAINING = """\
 data: {patch_size: 12, patches_per_row: 4, window_rows: 8}
 student: {kind: espcn, scale: 2, num_features: 8}

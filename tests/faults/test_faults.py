@@ -10,6 +10,8 @@ from bench.faults import SHARE, Lab, Trial, end_all, run_trial
 from infra.local_s3.serve import LocalS3
 from infra.local_s3.unreliable import UnreliableS3
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def lab(s3_server: LocalS3) -> Iterator[Lab]:
