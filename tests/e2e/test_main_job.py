@@ -1,11 +1,8 @@
-"""The main job as a person runs it: whole commands, on S3, and killed half-way."""
+"""The main job as a person runs it: whole commands, on S3."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,9 +19,8 @@ num_steps: 40
 batch_size: 4
 log_every_steps: 10
 save_every_steps: 10
-validate_every_steps: 200
+validate_every_steps: 20
 """
-TEACHER_STEPS = 600
 
 
 @pytest.fixture(autouse=True)
@@ -45,35 +41,16 @@ def place(s3_uri: str, tmp_path: Path) -> Store:
     return store
 
 
-def command(job: str, *flags: str) -> list[str]:
-    return [sys.executable, f"jobs/{job}.py", *flags]
-
-
 def run(job: str, *flags: str, expected: int = 0) -> str:
     """The last line that the job printed."""
-    done = subprocess.run(
-        command(job, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, f"jobs/{job}.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == expected, done.stderr[-3000:]
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
 
-def run_killed(place: Store, run_key: str, job: str, *flags: str) -> int:
-    """Start a training, kill its driver after the first checkpoint, and return the step of the last."""
-    driver = subprocess.Popen(command(job, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=2)
-    deadline = time.monotonic() + 240
-    while not place.exists(f"{run_key}/checkpoints/latest.json"):
-        assert driver.poll() is None, "the job ended before its first checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    time.sleep(3)  # the workers notice that their driver is gone
-    return int(json.loads(place.get(f"{run_key}/checkpoints/latest.json"))["step"])
-
-
+@pytest.mark.timeout(900)  # Six starts of jobs, each with a Ray of its own.
 def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_path: Path) -> None:
-    """The first training is killed on its way, and the same command goes on where it was."""
     uri = place.uri
     config = tmp_path / "training.yaml"
     config.write_text(TRAINING)
@@ -82,29 +59,15 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
 
     base = ["--config", str(config), "--output", f"{uri}/runs"]
     edsr = ["--model.kind", "edsr", "--model.scale", "2", "--model.num_features", "8"]
-    edsr += ["--model.num_blocks", "1", "--num_steps", str(TEACHER_STEPS)]
-    training = [*base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr]
-    reached = run_killed(place, "runs/teacher", "train_teacher", *training)
-    assert 0 < reached < TEACHER_STEPS and not place.exists("runs/teacher/model/card.json")
-    run("train_teacher", *training)
-    lines = place.get("runs/teacher/metrics.jsonl").decode().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(10, TEACHER_STEPS + 1, 10))
+    edsr += ["--model.num_blocks", "1"]
+    run("train_teacher", *base, "--name", "teacher", "--data.shards", f"{uri}/shards", *edsr)
     teacher = f"{uri}/runs/teacher/model"
     asked = ["--teacher.uri", teacher, "--teacher.force"]
     run("label", "--shards", f"{uri}/shards", *asked, "--output", f"{uri}/labelled")
     student = ["--student.kind", "rep_chain", "--student.scale", "2", "--student.num_features", "8"]
-    flags = [
-        *base,
-        "--name",
-        "student",
-        "--data.shards",
-        f"{uri}/labelled",
-        "--teacher.uri",
-        teacher,
-        *student,
-    ]
+    flags = [*base, "--name", "student", "--data.shards", f"{uri}/labelled", "--teacher.uri", teacher]
     config.write_text(TRAINING.replace("{kind: pixel}", "{kind: pixel}, {kind: output}"))
-    assert "student" in run("distill", *flags)
+    assert "student" in run("distill", *flags, *student)
     model = f"{uri}/runs/student/model"
     card = json.loads(place.get("runs/student/model/card.json"))
     assert card["teacher"]["name"] == "teacher" and card["spec"]["folded"]
@@ -116,9 +79,6 @@ def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_p
 
     said = run("upscale", "--input", f"{uri}/photos", "--output", f"{uri}/big", "--model", model, expected=1)
     assert "upscaled 6 images" in said and "failed 1" in said
-    place.delete("photos/broken.jpg")
-    said = run("upscale", "--input", f"{uri}/photos", "--output", f"{uri}/big", "--model", model)
-    assert "skipped 6" in said and "failed 0" in said
     (tmp_path / "big.png").write_bytes(place.get("big/photo-0.png"))
     assert Image.open(tmp_path / "big.png").size == (288, 256)
 

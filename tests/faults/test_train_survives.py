@@ -145,7 +145,7 @@ def reaches(process: "subprocess.Popen[str]", config: DistillConfig, step: int) 
 def test_a_run_survives_its_node_and_its_driver(
     cluster: Any, places: Places, whole: Any, tmp_path: Path
 ) -> None:
-    """The node is replaced; the driver is told to stop, says so, and the same command ends the run."""
+    """The node is replaced; the driver is told to stop, and says so; the next is killed; the third ends the run."""
     lost = add_node(cluster)
     config = config_for(places, tmp_path / "runs")
     driver = job(cluster, config, tmp_path)
@@ -161,8 +161,12 @@ def test_a_run_survives_its_node_and_its_driver(
     assert f"told to stop: run run is saved at step {step} of {NUM_STEPS}; the same command goes on" in said
     assert 80 < step < NUM_STEPS
     again = job(cluster, config, tmp_path)
-    said, _ = again.communicate(timeout=LIMIT_SECONDS)
-    assert again.returncode == 0, said
+    reaches(again, config, min(step + 8, NUM_STEPS - 8))
+    again.kill()
+    again.communicate()
+    third = job(cluster, config, tmp_path)
+    said, _ = third.communicate(timeout=LIMIT_SECONDS)
+    assert third.returncode == 0, said
     assert outcome(config) == whole
 
 

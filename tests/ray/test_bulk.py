@@ -279,6 +279,7 @@ def status_rows(output):
     return sum(pq.read_metadata(io.BytesIO(output.get(key))).num_rows for key in keys)
 
 
+@pytest.mark.long
 def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_path):
     # Large enough that the driver is killed in the middle and not at an end.
     objects = {f"{n:03}.png": encoded("PNG", seed=n, size=(300, 400)) for n in range(100)}

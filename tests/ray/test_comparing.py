@@ -81,6 +81,7 @@ def config(ray_local: None, tmp_path: Path) -> CompareConfig:
     return CompareConfig.model_validate(content)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # It starts eight processes, one for each cell and cost.
 def test_a_comparison_with_a_killed_worker_is_complete_and_its_cells_are_runs_of_their_own(
     config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,6 +96,7 @@ def test_a_run_begins_its_epoch_again_on_more_workers(shards: str, tmp_path: Pat
     assert load_model(f"file://{tmp_path}/run/model").model.spec.scale == 2
 
 
+@pytest.mark.long
 def test_a_broken_sub_image_ends_the_run_by_its_name(ray_local: None, tmp_path: Path) -> None:
     whole = row("whole.png", np.zeros((40, 40, 3), np.uint8))
     broken = replace(whole, key="broken.png", image=whole.image[:60])

@@ -80,6 +80,7 @@ def callers(address: str, number: int, data: bytes) -> Iterator[list[int]]:
             thread.join(300)
 
 
+@pytest.mark.long
 def test_a_new_version_under_load_fails_no_request(address: str, content: dict[str, Any]) -> None:
     deploy(content)
     before = replicas()
@@ -93,6 +94,7 @@ def test_a_new_version_under_load_fails_no_request(address: str, content: dict[s
     assert set(statuses) == {200}
 
 
+@pytest.mark.long
 def test_replicas_come_with_the_load_and_go_with_it(address: str, content: dict[str, Any]) -> None:
     (application,) = content["applications"]
     # Tiles of 16 pixels: a small image is many of them, so that some always wait.
