@@ -145,7 +145,7 @@ def reaches(process: "subprocess.Popen[str]", config: DistillConfig, step: int) 
 def test_a_run_survives_its_node_and_its_driver(
     cluster: Any, places: Places, whole: Any, tmp_path: Path
 ) -> None:
-    """The node is replaced; the driver is told to stop, and says so; the next is killed; the third ends the run."""
+    """The node is replaced, the driver told to stop, the next one killed; the third ends the run."""
     lost = add_node(cluster)
     config = config_for(places, tmp_path / "runs")
     driver = job(cluster, config, tmp_path)
