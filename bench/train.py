@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -566,6 +566,16 @@ def summary(rounds: Rounds, rows: list[dict[str, Any]], gpu_patches: float) -> d
     return {name: value for name, value in found.items() if value is not None}
 
 
+def remarks(found: Mapping[str, Any]) -> list[str]:
+    """For the page of results: what columns are, and what the cores of a machine can feed."""
+    feeds = (
+        f"One core reads and decodes {found['patches_per_second_per_core']:.0f} patches a second. A GPU that "
+        f"takes {found['assumed_patches_per_second_of_a_gpu']:.0f}, which is assumed and not measured, needs "
+        f"{found['cores_for_a_gpu']:.1f} cores: {1 / found['cores_for_a_gpu']:.2f} GPU workers for each core."
+    )
+    return [*REMARKS, feeds]
+
+
 def main() -> None:
     """Measure, print the JSON, and write it where asked."""
     parser = argparse.ArgumentParser(
@@ -595,7 +605,7 @@ def main() -> None:
         rounds.run()
         rows = [*rounds.rows(), *rows]
     content = rounded(summary(rounds, rows, arguments.gpu_patches))
-    content |= {"title": TITLE, "remarks": REMARKS, "config": str(arguments.config.name)}
+    content |= {"title": TITLE, "remarks": remarks(content), "config": str(arguments.config.name)}
     content |= {"rows": [rounded(row) for row in rows], **provenance.stamp()}
     write(content, arguments.json)
 
