@@ -201,7 +201,7 @@ def drain(cluster: Any, node: Any) -> None:
     assert accepted, why
 
 
-def test_a_run_leaves_a_node_that_is_taken_away_with_one_checkpoint(
+def test_a_run_leaves_a_node_that_is_taken_away_with_one_checkpoint_and_takes_the_next_that_comes(
     cluster: Any, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a run has no other checkpoints than those with which it leaves."""
@@ -217,7 +217,10 @@ def test_a_run_leaves_a_node_that_is_taken_away_with_one_checkpoint(
     reaches(driver, config, 1)
     left_at = saved_step(config)
     wait_until(lambda: bool(workers(os.getpid()) - first))
+    second = workers(os.getpid()) - first
     cluster.remove_node(node, allow_graceful=False)
+    add_node(cluster)
+    wait_until(lambda: len(workers(os.getpid()) - first - second) == 2)
     driver.send_signal(signal.SIGTERM)
     said, _ = driver.communicate(timeout=LIMIT_SECONDS)
     assert driver.returncode == 1, said
