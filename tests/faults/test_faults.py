@@ -10,7 +10,7 @@ from bench.faults import SHARE, Lab, Trial, end_all, run_trial
 from infra.local_s3.serve import LocalS3
 from infra.local_s3.unreliable import UnreliableS3
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

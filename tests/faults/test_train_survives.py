@@ -24,7 +24,7 @@ from tests.processes import train_over_processes
 from tests.whole_runs import TERMS, Places, config_of, history, make_places, outcome
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 NUM_STEPS = 150
 LIMIT_SECONDS = 400.0
 BOTH = ClusterConfig(num_workers=2, cpus_per_worker=1)

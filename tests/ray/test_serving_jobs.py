@@ -15,7 +15,7 @@ from tests.ray.test_serving import wait_for
 from tests.small_server import encoded, save_tiny
 
 NUM_IMAGES = 60
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
