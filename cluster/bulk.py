@@ -28,7 +28,7 @@ from kdsr import manifest, upscale_report
 from kdsr.checkpoint import load_model
 from kdsr.codecs import SUFFIXES
 from kdsr.config import UpscaleConfig
-from kdsr.engine import Engine, choose_precision
+from kdsr.engine import Engine, choose_precision, expect_any_size
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.forecast import Forecast, forecast
 from kdsr.manifest import Plan, Records, Report, Status, Task
@@ -324,6 +324,7 @@ class UpscaleActor:
     def __init__(
         self, config: UpscaleConfig, model_sha256: str, num_threads: int, deaths: "ActorHandle[Any]"
     ) -> None:
+        expect_any_size()
         loaded = load_model(config.model, config.store)
         if loaded.card.sha256 != model_sha256:
             raise CheckpointCorrupt(f"{config.model} is another model here than where the run was started")

@@ -52,8 +52,10 @@ class Replica:
 
     def __init__(self, settings: dict[str, Any], num_threads: int) -> None:
         """`settings` are a ServeConfig without its models, which come by `reconfigure`."""
+        from kdsr.engine import expect_any_size
         from kdsr.serving.host import ModelHost
 
+        expect_any_size()
         _log_to_stderr()
         config = ServeConfig.model_validate(settings)
         device = "cuda" if config.cluster.use_gpu else "cpu"

@@ -4,6 +4,7 @@ Owns device, number type and memory layout. Knows no images and no files, nor wh
 """
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,17 @@ CACHED_PIXELS = 3 * 2**14
 """LR pixels that go through a network's layers together on a CPU; a third as many were as fast."""
 WORTHWHILE = 1.1
 """A narrower type must be so much faster to be worth its rounding."""
+KEPT_CONVOLUTIONS = 64
+"""Of a layer's shape and a tile's, that oneDNN keeps ready on a CPU; it would keep 1,024."""
+
+
+def expect_any_size() -> None:
+    """Prepare this process for images of all sizes; to be called before its first network runs.
+
+    For each new size of a tile oneDNN makes each layer anew and keeps it, until it has as many as it may, and
+    hundreds of megabytes. Not for training, where networks have more layers and tiles one size.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_CONVOLUTIONS))
 
 
 class Engine:

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,3 +296,34 @@ def test_levels_become_pixels_on_the_device_as_they_do_here(tiles):
     assert finite.tolist() == [True, False, True]
     found = Engine(model).run(tiles)
     assert (pixels.numpy()[[0, 2]] == found[[0, 2]]).all()
+
+
+MANY_SIZES = """
+import os, random, sys
+import torch
+from kdsr.engine import expect_any_size
+
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+torch.set_num_threads(1)
+if sys.argv[1] == "any":
+    expect_any_size()
+layer, draw = torch.nn.Conv2d(48, 48, 3, padding=1), random.Random(0)
+with torch.inference_mode():
+    for number in range(300):
+        layer(torch.zeros(1, 48, draw.randrange(40, 100), draw.randrange(40, 100)))
+        if number == 100:
+            before = resident_mb()
+print(resident_mb() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_images_of_all_sizes_do_not_fill_the_memory():
+    def grown(expected: str) -> float:
+        command = [sys.executable, "-c", MANY_SIZES, expected]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert grown("any") < 0.5 * grown("one")
