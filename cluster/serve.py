@@ -152,7 +152,12 @@ class Jobs:
         from cluster.serve_jobs import JobRunner
 
         _log_to_stderr()
-        JobRunner(ServeConfig.model_validate(settings)).start()
+        self._runner = JobRunner(ServeConfig.model_validate(settings))
+        self._runner.start()
+
+    async def check_health(self) -> None:
+        """Serve starts another one when this raises."""
+        self._runner.require_alive()
 
     async def describe(self) -> str:
         """It lives."""

@@ -49,11 +49,20 @@ class JobRunner:
     _losses: Counter[str] = field(default_factory=Counter)
     _incomplete: dict[str, float] = field(default_factory=dict)
     """When a mark without a request was first seen."""
+    _told: dict[str, str] = field(default_factory=dict)
+    """By job: what keeps it from going on, which the log has already."""
     _tidied: float = -math.inf
+    _thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Run the loop in a thread for as long as the process lives."""
-        threading.Thread(target=self._loop, name="jobs", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
+        self._thread.start()
+
+    def require_alive(self) -> None:
+        """Raise KdsrError unless the loop runs."""
+        if self._thread is None or not self._thread.is_alive():
+            raise KdsrError("nothing looks after the jobs any more; the log says what ended it")
 
     def _loop(self) -> None:
         while True:
@@ -61,6 +70,8 @@ class JobRunner:
                 self.look()
             except KdsrError as error:
                 logger.warning("jobs: %s", error)
+            except Exception:
+                logger.exception("jobs: not all of them were looked after this time")
             time.sleep(POLL_SECONDS)
 
     def look(self) -> None:
@@ -69,25 +80,40 @@ class JobRunner:
         records = open_records(self.config.jobs, self.config.store)
         for owner, id_ in list(records.unfinished()):
             try:
-                job = records.get(id_, owner=owner)
-            except Problem:
-                # The entrance has not written the request yet, or died before it did.
-                if time.monotonic() - self._incomplete.setdefault(id_, time.monotonic()) > TIDY_SECONDS:
-                    records.give_up(id_, owner)
-                    del self._incomplete[id_]
-                continue
-            self._incomplete.pop(id_, None)
-            if job.outcome is not None:
-                records.finish(id_, owner, job.outcome)
-            elif job.state == "cancelled":
-                self._kill(id_)
-                records.finish(id_, owner, JobOutcome(state="cancelled", counts=job.counts))
-            elif id_ in self._running:
-                if (outcome := self._outcome(id_)) is not None:
-                    records.finish(id_, owner, outcome)
-            elif len(self._running) < self.config.jobs.max_running:
-                self._begin(id_, job.request)
+                self._look_at(records, owner, id_)
+                self._told.pop(id_, None)
+            except Exception as error:  # noqa: BLE001 whatever it is, the other jobs go on
+                self._tell(id_, error)
         self._tidy(records)
+
+    def _look_at(self, records: JobRecords, owner: str, id_: str) -> None:
+        assert self.config.jobs is not None
+        try:
+            job = records.get(id_, owner=owner)
+        except Problem:
+            # The entrance has not written the request yet, or died before it did.
+            if time.monotonic() - self._incomplete.setdefault(id_, time.monotonic()) > TIDY_SECONDS:
+                records.give_up(id_, owner)
+                del self._incomplete[id_]
+            return
+        self._incomplete.pop(id_, None)
+        if job.outcome is not None:
+            records.finish(id_, owner, job.outcome)
+        elif job.state == "cancelled":
+            self._kill(id_)
+            records.finish(id_, owner, JobOutcome(state="cancelled", counts=job.counts))
+        elif id_ in self._running:
+            if (outcome := self._outcome(id_)) is not None:
+                records.finish(id_, owner, outcome)
+        elif len(self._running) < self.config.jobs.max_running:
+            self._begin(id_, job.request)
+
+    def _tell(self, id_: str, error: Exception) -> None:
+        """Say once why a job does not go on."""
+        if self._told.get(id_) != str(error):
+            self._told[id_] = str(error)
+            expected = isinstance(error, KdsrError)
+            logger.warning("job %s does not go on: %s", id_, error, exc_info=None if expected else error)
 
     def _tidy(self, records: JobRecords) -> None:
         """Forget old jobs, now and then."""

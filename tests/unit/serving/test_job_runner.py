@@ -1,0 +1,134 @@
+"""Whoever looks after the jobs: no record stops the others, and its end is noticed. Nothing is begun with Ray."""
+
+import asyncio
+import json
+import logging
+import threading
+
+import pytest
+
+from cluster import serve_jobs
+from cluster.serve import Jobs
+from cluster.serve_jobs import JobRunner
+from kdsr.config import ServeConfig
+from kdsr.errors import KdsrError
+from kdsr.serving.jobs import JobOutcome, JobRecords, JobRequest, job_id
+from kdsr.store import open_store
+
+
+@pytest.fixture
+def config(tmp_path):
+    return ServeConfig.model_validate({"auth": "none", "jobs": {"records": str(tmp_path / "records")}})
+
+
+@pytest.fixture
+def records(config):
+    return JobRecords(open_store(config.jobs.records))
+
+
+class Runner(JobRunner):
+    """Notes what it would begin."""
+
+    def _begin(self, id_, request):
+        self.begun = [*getattr(self, "begun", []), id_]
+        self._running[id_] = None
+
+    def _outcome(self, id_):
+        return None
+
+    def end(self, records, id_):
+        del self._running[id_]
+        records.finish(id_, records.store.get(f"{id_}/owner").decode(), JobOutcome(state="done"))
+
+
+def asked(records, name, *, owner="anna", created="2026-01-01T00:00:00Z"):
+    """The id of a job that waits."""
+    id_ = job_id(owner, name)
+    request = JobRequest(
+        owner=owner, created=created, fingerprint=name, input="file:///in", output="file:///out",
+        is_upload=False, model="tiny", network="file:///network", network_sha256="0" * 64,
+    )  # fmt: skip
+    records.create(id_, request)
+    records.store.put(f"{id_}/owner", owner.encode())
+    return id_
+
+
+def spoil(records, id_, fault):
+    key = f"{id_}/request.json"
+    content = json.loads(records.store.get(key))
+    broken = {"newer": json.dumps(content | {"rotate": 90}).encode(), "damaged": b"{", "no text": b"\xff"}
+    records.store.put(key, broken[fault])
+
+
+@pytest.mark.parametrize("fault", ["newer", "damaged", "no text"])
+def test_a_record_that_cannot_be_read_stops_no_other_job_and_is_told_of_once(config, records, caplog, fault):
+    bad = asked(records, "bad")
+    spoil(records, bad, fault)
+    good = asked(records, "good")
+    runner = Runner(config)
+    for _ in range(3):
+        runner.look()
+    assert runner.begun == [good]
+    assert [bad in record.message for record in caplog.records] == [True]
+    assert {id_ for _, id_ in records.unfinished()} == {bad, good}
+
+
+@pytest.mark.parametrize(
+    "key", ["open/.DS_Store", "open/anna/.DS_Store", "open/a/b/c", "ended/x", "ended/x/y/z"]
+)
+def test_a_file_that_somebody_left_among_the_marks_is_left_alone(config, records, key):
+    records.store.put(key, b"mine")
+    asked(records, "good")
+    runner = Runner(config)
+    runner.look()
+    assert len(runner.begun) == records.num_open("anna") == 1
+    assert records.store.get(key) == b"mine"
+
+
+def test_what_is_under_a_day_that_is_none_is_not_forgotten(records):
+    id_ = asked(records, "job")
+    records.store.put(f"ended/someday/{id_}", b"")
+    records.store.put(f"{id_}/outcome.json", JobOutcome(state="done").model_dump_json().encode())
+    assert records.forget(days=7) == 0
+
+
+def test_old_jobs_of_another_version_are_forgotten_too(records):
+    id_ = asked(records, "job")
+    records.store.put(f"{id_}/outcome.json", b'{"state": "paused"}')
+    records.store.put(f"ended/2020-02-29/{id_}", b"")
+    assert records.forget(days=7) == 1
+    assert not records.store.exists(f"{id_}/outcome.json")
+
+
+def test_whatever_goes_wrong_in_a_round_there_is_another_one(config, monkeypatch, caplog):
+    rounds, enough = [], threading.Event()
+
+    def look(_):
+        rounds.append(1)
+        if len(rounds) == 3:
+            enough.set()
+            raise SystemExit
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(JobRunner, "look", look)
+    monkeypatch.setattr(serve_jobs, "POLL_SECONDS", 0.001)
+    with caplog.at_level(logging.ERROR, logger="kdsr.serving"):
+        JobRunner(config).start()
+        assert enough.wait(60)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_serve_is_told_when_nobody_looks_after_the_jobs_any_more(config, monkeypatch):
+    go = threading.Event()
+
+    def look(_):
+        go.wait(60)
+        raise SystemExit
+
+    monkeypatch.setattr(JobRunner, "look", look)
+    jobs = Jobs(config.model_dump(mode="json"))
+    asyncio.run(jobs.check_health())
+    go.set()
+    jobs._runner._thread.join(60)
+    with pytest.raises(KdsrError, match="nothing looks after the jobs"):
+        asyncio.run(jobs.check_health())
