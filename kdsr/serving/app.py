@@ -21,7 +21,7 @@ from kdsr.config import KeyConfig, LimitsConfig, ServeConfig
 from kdsr.errors import DataError, ImageTooLarge
 from kdsr.serving import contract
 from kdsr.serving.access import Access, request_id_of
-from kdsr.serving.bodies import Body, read_body
+from kdsr.serving.bodies import Body, announced_length, read_body
 from kdsr.serving.contract import (
     Call,
     Description,
@@ -240,9 +240,8 @@ async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Resp
 
 def _announced(request: Request, limits: LimitsConfig) -> int:
     """Bytes that the body has, or may have."""
-    length = request.headers.get("content-length", "")
-    most = limits.max_body_bytes * 4 // 3
-    return min(int(length[:18]), most) if length.isascii() and length.isdigit() else most
+    length, most = announced_length(request.headers), limits.max_body_bytes * 4 // 3
+    return most if length is None else min(length, most)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from kdsr.serving.problems import Problem
 
 ROOM_FOR_FIELDS = 64 * 2**10
 """Bytes of a form or a JSON object beside its image."""
+MAX_DIGITS = 18
+"""Of a length; no body has more."""
 RAW_TYPES = ("application/octet-stream",)
 HINT = (
     "send the image itself with Content-Type: image/..., a multipart/form-data field named file, or "
@@ -85,10 +87,22 @@ async def timely(
         yield chunk
 
 
+def announced_length(headers: Mapping[str, str]) -> int | None:
+    """Bytes that the body has by its header, None without one. Raises Problem 400 for what is no number."""
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise Problem("bad-request", "Content-Length: expected a whole number")
+    digits = text.lstrip("0")
+    # What has more digits is too much anyway, and Python refuses to read thousands of them.
+    return int(digits or "0") if len(digits) <= MAX_DIGITS else 10**MAX_DIGITS
+
+
 def check_length(headers: Mapping[str, str], most: int) -> None:
     """Raise Problem 413 when the header announces more than `most` bytes."""
-    length = headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:18]) > most:
+    length = announced_length(headers)
+    if length is not None and length > most:
         raise too_long(most)
 
 

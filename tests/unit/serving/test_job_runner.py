@@ -1,4 +1,4 @@
-"""Whoever looks after the jobs: no record stops the others, and its end is noticed. Nothing is begun with Ray."""
+"""Whoever looks after the jobs: no record stops the others, and its end is noticed. Ray begins nothing."""
 
 import asyncio
 import json
@@ -126,6 +126,7 @@ def test_serve_is_told_when_nobody_looks_after_the_jobs_any_more(config, monkeyp
         raise SystemExit
 
     monkeypatch.setattr(JobRunner, "look", look)
+    monkeypatch.setattr("cluster.serve._log_to_stderr", lambda: None)
     jobs = Jobs(config.model_dump(mode="json"))
     asyncio.run(jobs.check_health())
     go.set()

@@ -136,6 +136,40 @@ def test_bodies_on_their_way_are_bounded_together(serve):
     assert entrance.waiting_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        ("0" * 18 + "100", (429, "busy")),
+        ("0" * 5000 + "100", (429, "busy")),
+        ("9" * 5000, (429, "busy")),
+        ("-1", (400, "bad-request")),
+        ("+5", (400, "bad-request")),
+        ("1_0", (400, "bad-request")),
+        ("", (400, "bad-request")),
+        ("\u00b2", (400, "bad-request")),
+    ],
+)
+def test_a_length_counts_however_it_is_written(serve, length, expected):
+    server = serve(limits={"max_body_bytes": 2**20, "max_waiting_bytes": 2**20})
+    server.app.state.entrance.waiting_bytes = 2**20 - 10
+    headers = [*IMAGE, (b"content-length", length.encode("latin-1"))]
+
+    async def receive():
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    assert Wire(server, headers).run(receive) == expected
+
+
+@pytest.mark.parametrize("length", ["0" * 20 + str(2**21), "9" * 19, "9" * 5000])
+def test_a_length_beyond_all_limits_is_too_long(serve, length):
+    async def receive():
+        raise AssertionError("the body is not asked for")
+
+    server = serve(limits={"max_body_bytes": 2**20})
+    headers = [*IMAGE, (b"content-length", length.encode())]
+    assert Wire(server, headers).run(receive) == (413, "body-too-large")
+
+
 def test_what_a_replica_holds_is_bounded_and_others_are_told_when_to_come(serve):
     server = serve(limits={"queue_bytes": 2**20})
     server.host._admission.enter(2**20 - 10)
