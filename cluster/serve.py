@@ -61,10 +61,14 @@ class Replica:
         self._host = ModelHost(config, num_threads=num_threads, device=device)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the models of `user_config`; one that cannot be loaded stays as it was."""
+        """Serve the models of `user_config`; one that cannot be loaded stays as it was.
+
+        Raises KdsrError when it is the first time and one cannot: a replica has all of them, or starts anew.
+        """
         table = ServeConfig.model_validate({"models": user_config["models"]}).models
+        is_first = not self._host.describe().models
         failures = await asyncio.to_thread(self._host.load, table)
-        if failures and not self._host.describe().models:
+        if failures and is_first:
             raise KdsrError("; ".join(f"model {name}: {cause}" for name, cause in failures.items()))
 
     async def upscale(self, call: Call) -> Result | Refusal:

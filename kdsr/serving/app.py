@@ -24,7 +24,6 @@ from kdsr.serving.access import Access, request_id_of
 from kdsr.serving.bodies import Body, announced_length, read_body
 from kdsr.serving.contract import (
     Call,
-    Description,
     Options,
     Refusal,
     Result,
@@ -224,15 +223,14 @@ async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Resp
     began = perf_counter()
     # Before the body is read: a wrong option costs nobody an upload.
     query = contract.read_options(query_of(request))
-    description = await entrance.backend.describe()
-    description.model(query.model)
+    (await entrance.backend.describe()).model(query.model)
     length = _announced(request, entrance.limits)
     if entrance.waiting_bytes + length > entrance.limits.max_waiting_bytes:
         raise Problem("busy", "too many bodies are on their way already; try again later", retry_after=1)
     entrance.waiting_bytes += length
     try:
         body = await read_body(request, entrance.limits)
-        order = await _order(request, entrance, body, description)
+        order = await _order(request, entrance, body)
         return await _answer(request, entrance, caller, order, began)
     finally:
         entrance.waiting_bytes -= length
@@ -257,12 +255,14 @@ class _Order:
     etag: str
 
 
-async def _order(request: Request, entrance: Entrance, body: Body, description: Description) -> _Order:
+async def _order(request: Request, entrance: Entrance, body: Body) -> _Order:
     """Everything that can be refused without decoding a pixel is refused here."""
     options = contract.read_options(query_of(request), body.fields)
-    model = description.model(options.model)
-    network = model.network_for(options.scale)
+    (await entrance.backend.describe()).model(options.model)
     data = await _image(entrance, body)
+    # Again: while the image came, models may have been replaced.
+    model = (await entrance.backend.describe()).model(options.model)
+    network = model.network_for(options.scale)
     header, digest = await asyncio.to_thread(_inspect, data, entrance.limits.max_frames)
     accept = request.headers.get("accept", "*/*")
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)

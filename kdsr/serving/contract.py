@@ -197,6 +197,8 @@ class Description:
 
     def model(self, name: str | None) -> ServedModel:
         """The model called `name`, or the first. Raises Problem."""
+        if not self.models:
+            raise Problem("loading", "no model is loaded yet; try again soon", retry_after=2)
         if name is None:
             return self.models[0]
         for model in self.models:
