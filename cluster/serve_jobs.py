@@ -8,7 +8,9 @@ import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,6 +20,7 @@ from kdsr.config import ServeConfig
 from kdsr.errors import CheckpointCorrupt, KdsrError
 from kdsr.serving.jobs import (
     MAX_SHOWN_FAILURES,
+    Job,
     JobCounts,
     JobOutcome,
     JobRecords,
@@ -49,6 +52,9 @@ class JobRunner:
     _losses: Counter[str] = field(default_factory=Counter)
     _incomplete: dict[str, float] = field(default_factory=dict)
     """When a mark without a request was first seen."""
+    _turns: dict[str, int] = field(default_factory=dict)
+    """By owner: the number of the job of theirs that was begun last."""
+    _count: Iterator[int] = field(default_factory=count)
     _told: dict[str, str] = field(default_factory=dict)
     """By job: what keeps it from going on, which the log has already."""
     _tidied: float = -math.inf
@@ -78,16 +84,27 @@ class JobRunner:
         """Begin what may begin, and end what has ended or shall end."""
         assert self.config.jobs is not None
         records = open_records(self.config.jobs, self.config.store)
+        waiting = []
         for owner, id_ in list(records.unfinished()):
             try:
-                self._look_at(records, owner, id_)
+                waiting += self._look_at(records, owner, id_)
                 self._told.pop(id_, None)
             except Exception as error:  # noqa: BLE001 whatever it is, the other jobs go on
                 self._tell(id_, error)
+        while waiting and len(self._running) < self.config.jobs.max_running:
+            job = min(waiting, key=self._turn)
+            waiting.remove(job)
+            self._turns[job.request.owner] = next(self._count)
+            self._begin(job.id, job.request)
         self._tidy(records)
 
-    def _look_at(self, records: JobRecords, owner: str, id_: str) -> None:
-        assert self.config.jobs is not None
+    def _turn(self, job: Job) -> tuple[bool, int, str, str]:
+        """What is least for the next one: begun before, then owners in turn, then the oldest."""
+        request = job.request
+        return job.state != "running", self._turns.get(request.owner, -1), request.created, job.id
+
+    def _look_at(self, records: JobRecords, owner: str, id_: str) -> list[Job]:
+        """End the job if it has ended or shall end; the job itself if it waits."""
         try:
             job = records.get(id_, owner=owner)
         except Problem:
@@ -95,7 +112,7 @@ class JobRunner:
             if time.monotonic() - self._incomplete.setdefault(id_, time.monotonic()) > TIDY_SECONDS:
                 records.give_up(id_, owner)
                 del self._incomplete[id_]
-            return
+            return []
         self._incomplete.pop(id_, None)
         if job.outcome is not None:
             records.finish(id_, owner, job.outcome)
@@ -105,8 +122,9 @@ class JobRunner:
         elif id_ in self._running:
             if (outcome := self._outcome(id_)) is not None:
                 records.finish(id_, owner, outcome)
-        elif len(self._running) < self.config.jobs.max_running:
-            self._begin(id_, job.request)
+        else:
+            return [job]
+        return []
 
     def _tell(self, id_: str, error: Exception) -> None:
         """Say once why a job does not go on."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,15 +50,23 @@ class JobRoutes:
         """202 and where to ask."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         description = await self._entrance.backend.describe()
-        if await _stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
-            raise Problem("busy", f"{self._jobs.max_waiting} jobs of this key are not finished", 60)
+        given = idempotency_key(request)
+        id_ = job_id(caller.name, given)
+        # What was made already needs no room.
+        if given is None or not await _stored(self._records.is_there, id_):
+            await self._require_room(caller)
         if kind == "application/json":
-            job = await self._from_places(request, caller, description)
+            job = await self._from_places(request, caller, description, id_)
         elif kind.startswith("image/") or kind in RAW_TYPES:
-            job = await self._from_upload(request, caller, description)
+            job = await self._from_upload(request, caller, description, id_)
         else:
             raise Problem("unsupported-media-type", f"Content-Type {kind[:60] or 'is missing'!r}: {HINT}")
         return _shown(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+
+    async def _require_room(self, caller: Caller) -> None:
+        """Raise Problem 429 when the caller has too many unfinished jobs."""
+        if await _stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
+            raise Problem("busy", f"{self._jobs.max_waiting} jobs of this key are not finished", 60)
 
     async def show(self, request: Request, caller: Caller) -> Response:
         """How far it is."""
@@ -91,10 +100,10 @@ class JobRoutes:
     async def _get(self, request: Request, caller: Caller) -> Job:
         return await _stored(self._records.get, request.path_params["id"], owner=caller.name)
 
-    async def _from_places(self, request: Request, caller: Caller, description: Description) -> Job:
+    async def _from_places(self, request: Request, caller: Caller, description: Description, id_: str) -> Job:
         content = _json(await read_bytes(request, MAX_REQUEST_BYTES, self._entrance.limits))
         include = content.pop("include", [])
-        if not isinstance(include, list) or not all(isinstance(pattern, str) for pattern in include):
+        if not isinstance(include, list) or not all(map(_is_text, include)):
             raise Problem("invalid-option", "include: expected a list of patterns")
         places = (
             allowed_place(_text(content, "input"), self._jobs.inputs, what="input"),
@@ -102,10 +111,9 @@ class JobRoutes:
         )
         options = contract.read_options(query_of(request), content)
         wanted = request_of(options, description, owner=caller.name, places=places, include=tuple(include))
-        id_ = job_id(caller.name, idempotency_key(request))
         return await _stored(self._records.create, id_, wanted)
 
-    async def _from_upload(self, request: Request, caller: Caller, description: Description) -> Job:
+    async def _from_upload(self, request: Request, caller: Caller, description: Description, id_: str) -> Job:
         options = contract.read_options(query_of(request))
         description.model(options.model)  # A wrong name costs nobody an upload.
         check_length(request.headers, self._jobs.max_upload_bytes)
@@ -116,7 +124,6 @@ class JobRoutes:
             with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
                 digest = await self._receive(request, file)
                 suffix = await asyncio.to_thread(_suffix, Path(file.name))
-                id_ = job_id(caller.name, idempotency_key(request))
                 await _stored(self._records.announce, id_, caller.name)
                 places = await _stored(self._records.put_upload, id_, digest[:32] + suffix, Path(file.name))
         finally:
@@ -161,6 +168,11 @@ def _json(data: bytes) -> dict[str, Any]:
     if not {"input", "output"} <= content.keys():
         raise Problem("bad-request", HINT)
     return content
+
+
+def _is_text(value: Any) -> bool:
+    """JSON can escape halves of characters, which no name of a file or object has."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _text(content: dict[str, Any], name: str) -> str:

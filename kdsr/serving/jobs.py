@@ -173,6 +173,10 @@ class JobRecords:
             state = "cancelled"
         return Job(id_, request, state, progress or JobCounts(), None)
 
+    def is_there(self, id_: str) -> bool:
+        """Whether there is such a job, of anybody's."""
+        return self.store.exists(f"{id_}/request.json")
+
     def num_open(self, owner: str) -> int:
         """Jobs of `owner` that are not finished."""
         return sum(1 for _ in self._marks(f"open/{owner}/"))

@@ -12,7 +12,7 @@ from cluster.serve import Jobs
 from cluster.serve_jobs import JobRunner
 from kdsr.config import ServeConfig
 from kdsr.errors import KdsrError
-from kdsr.serving.jobs import JobOutcome, JobRecords, JobRequest, job_id
+from kdsr.serving.jobs import JobCounts, JobOutcome, JobRecords, JobRequest, job_id
 from kdsr.store import open_store
 
 
@@ -133,3 +133,26 @@ def test_serve_is_told_when_nobody_looks_after_the_jobs_any_more(config, monkeyp
     jobs._runner._thread.join(60)
     with pytest.raises(KdsrError, match="nothing looks after the jobs"):
         asyncio.run(jobs.check_health())
+
+
+def test_owners_take_turns_and_each_has_the_oldest_job_first(config, records):
+    def at(day):
+        return f"2026-01-{day:02}T00:00:00Z"
+
+    many = [asked(records, str(day), created=at(day)) for day in (3, 1, 2)]
+    late, later = (asked(records, str(day), owner="bert", created=at(day)) for day in (8, 9))
+    runner = Runner(config)
+    for _ in range(5):
+        runner.look()
+        runner.look()
+        runner.end(records, runner.begun[-1])
+    assert runner.begun == [many[1], late, many[2], later, many[0]]
+
+
+def test_what_was_begun_before_a_restart_goes_on_first(config, records):
+    asked(records, "old", created="2026-01-01T00:00:00Z")
+    begun = asked(records, "young", created="2026-01-02T00:00:00Z")
+    records.progress(begun, JobCounts(listed=9, done=4))
+    runner = Runner(config)
+    runner.look()
+    assert runner.begun == [begun]

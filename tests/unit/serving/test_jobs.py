@@ -1,5 +1,7 @@
 """Jobs over HTTP and in their store; whoever runs them is played by the test."""
 
+import json
+
 import pytest
 
 from kdsr.errors import StoreError
@@ -148,11 +150,17 @@ def test_another_image_under_the_key_replaces_nothing(client, records):
         ({"output": "file:///etc"}, (403, "forbidden")),
         ({"model": "none"}, (422, "invalid-option")),
         ({"include": "*.png"}, (422, "invalid-option")),
+        ({"include": ["\ud800"]}, (422, "invalid-option")),
+        ({"include": ["*.png", 5]}, (422, "invalid-option")),
+        ({"model": "\udfff"}, (422, "invalid-option")),
+        ({"input": "file:///\ud800"}, (422, "invalid-option")),
         ({"scael": 2}, (422, "invalid-option")),
     ],
 )
 def test_what_is_not_allowed_becomes_no_job(client, places, records, fields, expected):
-    assert problem(client.post("/v1/jobs", json=asked(places, **fields), headers=ANNA)) == expected
+    headers = ANNA | {"Content-Type": "application/json"}
+    answer = client.post("/v1/jobs", content=json.dumps(asked(places, **fields)), headers=headers)
+    assert problem(answer) == expected
     assert list(records.unfinished()) == []
 
 
@@ -187,6 +195,16 @@ def test_a_key_has_so_many_unfinished_jobs(serve, places):
     client = serve(jobs=jobs).client
     codes = [client.post("/v1/jobs", json=asked(places)).status_code for _ in range(3)]
     assert codes == [202, 202, 429]
+
+
+def test_a_job_that_is_made_already_is_told_whatever_else_waits(serve, places):
+    jobs = {"records": str(places / "r"), "inputs": [str(places)], "outputs": [str(places)], "max_waiting": 1}
+    client = serve(jobs=jobs).client
+    first, again, other = (
+        client.post("/v1/jobs", json=asked(places), headers={"Idempotency-Key": key}) for key in "aab"
+    )
+    assert (first.status_code, again.status_code, again.json()) == (202, 202, first.json())
+    assert problem(other) == (429, "busy")
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def test_a_replica_starts_with_all_of_its_models_or_not_at_all(tiny_models, monk
     asyncio.run(good.reconfigure({"models": whole["models"]}))
     asyncio.run(good.reconfigure({"models": config["models"]}))  # The next one leaves what was there.
     assert {model.name for model in asyncio.run(good.describe()).models} == {"tiny", "other"}
+    bad._host.close()
+    good._host.close()
 
 
 def stale(server):
