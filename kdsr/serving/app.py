@@ -103,8 +103,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
     headers = dict(error.headers or {})
+    # Not request.url: it is made of the query too, which may be no text at all.
     return problem_response(
-        request, Problem(kind, f"{request.method} {request.url.path[:80]}", headers=headers)
+        request, Problem(kind, f"{request.method} {request.scope['path'][:80]}", headers=headers)
     )
 
 

@@ -79,11 +79,11 @@ def test_a_file_of_many_bytes_is_refused_by_what_it_announces_and_by_what_it_sen
 class Wire:
     """One request spoken message by message, as a server hands it over."""
 
-    def __init__(self, server, headers):
+    def __init__(self, server, headers, *, path="/v1/upscale", query=b"scale=4"):
         self.server, self.sent = server, []
         self.scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": ""}
         self.scope |= {"client": ("192.0.2.7", 5), "server": ("x", 80), "headers": headers}
-        self.scope |= {"method": "POST", "path": "/v1/upscale", "query_string": b"scale=4"}
+        self.scope |= {"method": "POST", "path": path, "query_string": query}
 
     async def send(self, message):
         self.sent.append(message)
@@ -255,6 +255,16 @@ def test_an_error_in_a_replica_fails_its_own_request_alone(server, caplog, monke
 @pytest.mark.parametrize("path", ["/v1", "/v1/upscale/", "/v1/../etc/passwd", "/v1/upscale%00"])
 def test_unknown_paths_are_problems_too(server, path):
     assert problem(server.client.get(path))[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/none", (404, "not-found")), ("/v1/upscale", (422, "invalid-option"))]
+)
+def test_a_query_of_bytes_that_are_no_text_is_no_fault_of_ours(server, path, expected):
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    assert Wire(server, IMAGE, path=path, query=b"scale=\xff").run(receive) == expected
 
 
 def test_another_method_is_told_which_are_known(server):
