@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,10 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from kdsr import codecs
+from kdsr.codecs import ImageHeader
 from kdsr.config import LimitsConfig
+from kdsr.errors import DataError, ImageTooLarge
 from kdsr.serving.contract import json_object
 from kdsr.serving.problems import Problem
 
@@ -111,6 +115,21 @@ def too_long(most: int) -> Problem:
     return Problem(
         "body-too-large", f"more than the {most} bytes that are taken in one request; send it to /v1/jobs"
     )
+
+
+def inspected(data: bytes, max_frames: int) -> tuple[ImageHeader, str]:
+    """Header and sha256 of an image. Raises Problem for what is none that is read."""
+    try:
+        codecs.identify(data)
+    except DataError as error:
+        raise Problem("unsupported-media-type", str(error)) from None
+    try:
+        header = codecs.probe(data, max_frames=max_frames)
+    except ImageTooLarge as error:
+        raise Problem("image-too-large", str(error)) from None
+    except DataError as error:
+        raise Problem("invalid-image", str(error)) from None
+    return header, hashlib.sha256(data).hexdigest()
 
 
 def _not_empty(data: bytes) -> bytes:

@@ -272,8 +272,14 @@ def matches(if_none_match: str, etag: str) -> bool:
     return etag in tags or tags == ["*"]
 
 
+def output_pixels(header: ImageHeader, network: ServedNetwork, scale: float | None) -> int:
+    """Those of the network or the result, whichever are more, over all frames."""
+    factor = max(network.scale, scale or 0)
+    return int(header.height * header.width * header.frames * factor**2)
+
+
 def check_limits(header: ImageHeader, network: ServedNetwork, wanted: Wanted, limits: LimitsConfig) -> int:
-    """Output pixels, those of the network or the result, whichever are more. Raises Problem 413."""
+    """Output pixels. Raises Problem 413."""
     pixels = header.height * header.width
     if header.frames > limits.max_frames:
         raise Problem(
@@ -286,8 +292,7 @@ def check_limits(header: ImageHeader, network: ServedNetwork, wanted: Wanted, li
             f"{header.width} x {header.height} pixels{frames}; at most {limits.max_pixels} in all are taken "
             f"in one request: make it smaller, or send it to /v1/jobs",
         )
-    factor = max(network.scale, wanted.scale or 0)
-    output = int(pixels * header.frames * factor**2)
+    output = output_pixels(header, network, wanted.scale)
     if output > limits.max_output_pixels:
         raise Problem(
             "image-too-large",

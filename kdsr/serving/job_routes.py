@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,8 +28,9 @@ from kdsr.serving.jobs import (
     request_of,
 )
 from kdsr.serving.keys import Caller
+from kdsr.serving.pools import Answer, Arguments
 from kdsr.serving.problems import Problem, problem_of
-from kdsr.store import Store
+from kdsr.store import ObjectInfo
 
 MAX_UPLOADS = 4
 """Uploads that are on their way to this entrance's disk at once."""
@@ -53,7 +54,7 @@ class JobRoutes:
         given = idempotency_key(request)
         id_ = job_id(caller.name, given)
         # What was made already needs no room.
-        if given is None or not await _stored(self._records.is_there, id_):
+        if given is None or not await self._stored(self._records.is_there, id_):
             await self._require_room(caller)
         if kind == "application/json":
             job = await self._from_places(request, caller, description, id_)
@@ -65,7 +66,7 @@ class JobRoutes:
 
     async def _require_room(self, caller: Caller) -> None:
         """Raise Problem 429 when the caller has too many unfinished jobs."""
-        if await _stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
+        if await self._stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
             raise Problem("busy", f"{self._jobs.max_waiting} jobs of this key are not finished", 60)
 
     async def show(self, request: Request, caller: Caller) -> Response:
@@ -77,7 +78,7 @@ class JobRoutes:
         job = await self._get(request, caller)
         if job.state in ("done", "failed"):
             raise Problem("conflict", f"the job is {job.state} already")
-        await _stored(self._records.cancel, job.id)
+        await self._stored(self._records.cancel, job.id)
         return _shown(await self._get(request, caller), 200)
 
     async def result(self, request: Request, caller: Caller) -> Response:
@@ -87,18 +88,31 @@ class JobRoutes:
             raise Problem("not-found", "the results of this job are at its output")
         if job.state not in FINISHED:
             raise Problem("conflict", f"the job is {job.state}; ask again later", retry_after=2)
-        info = await _stored(self._records.result, job.id)
+        info = await self._stored(self._records.result, job.id)
         if info is None:
             raise Problem("not-found", "the job left no result; its message says why")
-        head = await _stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
+        head = await self._stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
         return StreamingResponse(
-            _parts(self._records.store, info.key, info.size),
+            self._parts(info),
             media_type=MEDIA_TYPES[codecs.identify(head)],
             headers={"Content-Length": str(info.size), "ETag": f'"{info.etag}"'},
         )
 
+    async def _stored(
+        self, work: Callable[Arguments, Answer], *arguments: Arguments.args, **named: Arguments.kwargs
+    ) -> Answer:
+        """`work` with the store in a thread, with its errors as problems."""
+        try:
+            return await self._entrance.store_calls.run(work, *arguments, **named)
+        except (StoreError, RequestError) as error:
+            raise problem_of(error) from error
+
+    async def _parts(self, info: ObjectInfo) -> AsyncIterator[bytes]:
+        for start in range(0, info.size, CHUNK_BYTES):
+            yield await self._stored(self._records.store.get, info.key, start=start, length=CHUNK_BYTES)
+
     async def _get(self, request: Request, caller: Caller) -> Job:
-        return await _stored(self._records.get, request.path_params["id"], owner=caller.name)
+        return await self._stored(self._records.get, request.path_params["id"], owner=caller.name)
 
     async def _from_places(self, request: Request, caller: Caller, description: Description, id_: str) -> Job:
         content = _json(await read_bytes(request, MAX_REQUEST_BYTES, self._entrance.limits))
@@ -106,12 +120,16 @@ class JobRoutes:
         if not isinstance(include, list) or not all(map(_is_text, include)):
             raise Problem("invalid-option", "include: expected a list of patterns")
         places = (
-            allowed_place(_text(content, "input"), self._jobs.inputs, what="input"),
-            allowed_place(_text(content, "output"), self._jobs.outputs, what="output"),
+            await self._place(_text(content, "input"), self._jobs.inputs, what="input"),
+            await self._place(_text(content, "output"), self._jobs.outputs, what="output"),
         )
         options = contract.read_options(query_of(request), content)
         wanted = request_of(options, description, owner=caller.name, places=places, include=tuple(include))
-        return await _stored(self._records.create, id_, wanted)
+        return await self._stored(self._records.create, id_, wanted)
+
+    async def _place(self, uri: str, allowed: tuple[str, ...], *, what: str) -> str:
+        """See `allowed_place`, which looks at the disk."""
+        return await self._stored(allowed_place, uri, allowed, what=what)
 
     async def _from_upload(self, request: Request, caller: Caller, description: Description, id_: str) -> Job:
         options = contract.read_options(query_of(request))
@@ -124,12 +142,13 @@ class JobRoutes:
             with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
                 digest = await self._receive(request, file)
                 suffix = await asyncio.to_thread(_suffix, Path(file.name))
-                await _stored(self._records.announce, id_, caller.name)
-                places = await _stored(self._records.put_upload, id_, digest[:32] + suffix, Path(file.name))
+                await self._stored(self._records.announce, id_, caller.name)
+                name = digest[:32] + suffix
+                places = await self._stored(self._records.put_upload, id_, name, Path(file.name))
         finally:
             self._uploads -= 1
         wanted = request_of(options, description, owner=caller.name, places=places, upload_sha256=digest)
-        return await _stored(self._records.create, id_, wanted)
+        return await self._stored(self._records.create, id_, wanted)
 
     async def _receive(self, request: Request, file: IO[bytes]) -> str:
         """The body into `file`; its sha256."""
@@ -146,14 +165,6 @@ class JobRoutes:
         if not size:
             raise Problem("bad-request", f"the body is empty; {HINT}")
         return digest.hexdigest()
-
-
-async def _stored(work: Any, *arguments: Any, **named: Any) -> Any:
-    """`work` with the store in a thread, with its errors as problems."""
-    try:
-        return await asyncio.to_thread(work, *arguments, **named)
-    except (StoreError, RequestError) as error:
-        raise problem_of(error) from error
 
 
 def _shown(job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
@@ -191,8 +202,3 @@ def _suffix(path: Path) -> str:
     except DataError as error:
         raise Problem("unsupported-media-type", str(error)) from None
     return ".heic" if kind == "heic" else codecs.suffix(kind)
-
-
-def _parts(store: Store, key: str, size: int) -> Iterator[bytes]:
-    for start in range(0, size, CHUNK_BYTES):
-        yield store.get(key, start=start, length=CHUNK_BYTES)

@@ -235,7 +235,7 @@ def test_an_error_of_ours_is_in_the_log_and_not_in_the_answer(server, caplog, mo
     def broken(*_):
         raise ZeroDivisionError("a secret of ours")
 
-    monkeypatch.setattr("kdsr.serving.app._inspect", broken)
+    monkeypatch.setattr("kdsr.serving.app.inspected", broken)
     with caplog.at_level(logging.ERROR, logger="kdsr.serving"):
         answer = server.upscale(encoded(), X_Request_Id="me-1")
     assert problem(answer) == (500, "internal")

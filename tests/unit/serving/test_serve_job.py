@@ -19,11 +19,11 @@ def played(monkeypatch):
     """What the server was asked for; each start does the next of `.then`."""
 
     class Played:
-        started, stopped = [], 0
-        then = []
+        def __init__(self):
+            self.started, self.stopped, self.then = [], 0, []
 
         def start(self, config):
-            self.started = [*self.started, list(config.models)]
+            self.started.append(config)
             if len(self.started) > 1:
                 self.then.pop(0)()
             return "http://127.0.0.1:1"
