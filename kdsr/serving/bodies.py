@@ -119,17 +119,21 @@ def too_long(most: int) -> Problem:
 
 def inspected(data: bytes, max_frames: int) -> tuple[ImageHeader, str]:
     """Header and sha256 of an image. Raises Problem for what is none that is read."""
+    return header_of(data, max_frames), hashlib.sha256(data).hexdigest()
+
+
+def header_of(data: bytes, max_frames: int) -> ImageHeader:
+    """What an image says of itself. Raises Problem for what is none that is read."""
     try:
         codecs.identify(data)
     except DataError as error:
         raise Problem("unsupported-media-type", str(error)) from None
     try:
-        header = codecs.probe(data, max_frames=max_frames)
+        return codecs.probe(data, max_frames=max_frames)
     except ImageTooLarge as error:
         raise Problem("image-too-large", str(error)) from None
     except DataError as error:
         raise Problem("invalid-image", str(error)) from None
-    return header, hashlib.sha256(data).hexdigest()
 
 
 def _not_empty(data: bytes) -> bytes:

@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from kdsr import codecs
+from kdsr.codecs.sequences import MOST_FRAMES
 from kdsr.config import ServedJobsConfig
 from kdsr.errors import DataError, RequestError, StoreError
 from kdsr.serving import contract
-from kdsr.serving.bodies import RAW_TYPES, check_length, read_bytes, timely, too_long
+from kdsr.serving.bodies import RAW_TYPES, check_length, header_of, read_bytes, timely, too_long
 from kdsr.serving.contract import MEDIA_TYPES, Description
 from kdsr.serving.entrance import Entrance, idempotency_key, query_of
 from kdsr.serving.jobs import (
@@ -28,7 +29,7 @@ from kdsr.serving.jobs import (
     request_of,
 )
 from kdsr.serving.keys import Caller
-from kdsr.serving.pools import Answer, Arguments
+from kdsr.serving.pools import Answer, Arguments, Pool
 from kdsr.serving.problems import Problem, problem_of
 from kdsr.store import ObjectInfo
 
@@ -45,6 +46,8 @@ class JobRoutes:
     def __init__(self, entrance: Entrance, jobs: ServedJobsConfig) -> None:
         self._entrance, self._jobs = entrance, jobs
         self._records: JobRecords = open_records(jobs, entrance.config.store)
+        # One at a time: the whole file is in memory meanwhile.
+        self._headers = Pool("headers of uploads", threads=1, most=MAX_UPLOADS)
         self._uploads = 0
 
     async def create(self, request: Request, caller: Caller) -> Response:
@@ -53,9 +56,11 @@ class JobRoutes:
         description = await self._entrance.backend.describe()
         given = idempotency_key(request)
         id_ = job_id(caller.name, given)
-        # What was made already needs no room.
         if given is None or not await self._stored(self._records.is_there, id_):
             await self._require_room(caller)
+        else:
+            # What was made already needs no room and costs nothing.
+            caller = Caller(caller.name)
         if kind == "application/json":
             job = await self._from_places(request, caller, description, id_)
         elif kind.startswith("image/") or kind in RAW_TYPES:
@@ -141,14 +146,28 @@ class JobRoutes:
         try:
             with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
                 digest = await self._receive(request, file)
-                suffix = await asyncio.to_thread(_suffix, Path(file.name))
-                await self._stored(self._records.announce, id_, caller.name)
-                name = digest[:32] + suffix
-                places = await self._stored(self._records.put_upload, id_, name, Path(file.name))
+                path = Path(file.name)
+                name = digest[:32] + await asyncio.to_thread(_suffix, path)
+                pixels = await self._pixels(path, options, description, caller)
+                with self._entrance.quotas.spent(caller, pixels):
+                    await self._stored(self._records.announce, id_, caller.name)
+                    places = await self._stored(self._records.put_upload, id_, name, path)
+                    wanted = request_of(
+                        options, description, owner=caller.name, places=places, upload_sha256=digest
+                    )
+                    return await self._stored(self._records.create, id_, wanted)
         finally:
             self._uploads -= 1
-        wanted = request_of(options, description, owner=caller.name, places=places, upload_sha256=digest)
-        return await self._stored(self._records.create, id_, wanted)
+
+    async def _pixels(
+        self, path: Path, options: contract.Options, description: Description, caller: Caller
+    ) -> int:
+        """Output pixels of an upload by its header; 0 where there is no quota. Raises Problem."""
+        if caller.pixels_per_minute is None:
+            return 0
+        header = await self._headers.run(lambda: header_of(path.read_bytes(), MOST_FRAMES))
+        network = description.model(options.model).network_for(options.scale)
+        return contract.output_pixels(header, network, options.scale)
 
     async def _receive(self, request: Request, file: IO[bytes]) -> str:
         """The body into `file`; its sha256."""

@@ -129,6 +129,51 @@ def test_the_same_job_under_its_key_is_made_once_for_each_owner(client, places, 
     assert problem(other) == (422, "reused-key")
 
 
+@pytest.fixture
+def counted(serve, places):
+    """A client whose key A has 5000 output pixels a minute: one picture of 24 x 32 to x2, and no second one."""
+    keys = {"anna": KEYS["anna"] | {"pixels_per_minute": 5000}, "bert": KEYS["bert"]}
+    jobs = {"records": str(places / "records"), "inputs": [str(places)], "outputs": [str(places)]}
+    return serve(auth="keys", keys=keys, jobs=jobs).client
+
+
+def sent(client, key, **headers):
+    headers = key | {"Content-Type": "image/png"} | headers
+    return client.post("/v1/jobs?scale=2", content=encoded(24, 32), headers=headers)
+
+
+def test_an_image_that_is_sent_spends_the_quota_of_its_key(counted, places):
+    assert sent(counted, ANNA).status_code == 202
+    assert problem(sent(counted, ANNA)) == (429, "quota")
+    upscaled = counted.post(
+        "/v1/upscale?scale=2", content=encoded(24, 32), headers=ANNA | {"Content-Type": "image/png"}
+    )
+    assert problem(upscaled) == (429, "quota")
+    assert [sent(counted, BERT).status_code for _ in range(2)] == [202, 202]
+    assert counted.post("/v1/jobs", json=asked(places), headers=ANNA).status_code == 202
+
+
+def test_the_same_upload_under_its_key_costs_once(counted):
+    ids = [sent(counted, ANNA, **{"Idempotency-Key": "k"}).json()["id"] for _ in range(3)]
+    assert len(set(ids)) == 1
+
+
+def test_an_upload_that_becomes_no_job_costs_nothing(counted, monkeypatch):
+    def broken(*_, **__):
+        raise StoreError("the store is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "create", broken)
+        assert problem(sent(counted, ANNA)) == (503, "store-unavailable")
+    assert sent(counted, ANNA).status_code == 202
+
+
+def test_a_broken_upload_is_refused_where_its_pixels_are_counted(counted):
+    headers = ANNA | {"Content-Type": "image/png"}
+    answer = counted.post("/v1/jobs", content=encoded()[:20], headers=headers)
+    assert problem(answer) == (422, "invalid-image")
+
+
 def test_another_image_under_the_key_replaces_nothing(client, records):
     headers = ANNA | {"Idempotency-Key": "k1", "Content-Type": "image/png"}
     first = client.post("/v1/jobs", content=encoded(20, 20), headers=headers).json()
