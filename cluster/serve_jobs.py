@@ -175,10 +175,7 @@ def run_job(id_: str, request: JobRequest, settings: dict[str, Any]) -> dict[str
 
     config = ServeConfig.model_validate(settings)
     assert config.jobs is not None
-    records, wanted = (
-        open_records(config.jobs, config.store),
-        request.upscale_config(config.jobs, config.store),
-    )
+    records = open_records(config.jobs, config.store)
     last = 0.0
 
     def watch(plan: "Plan", tally: "Tally") -> None:
@@ -190,6 +187,7 @@ def run_job(id_: str, request: JobRequest, settings: dict[str, Any]) -> dict[str
             )
 
     try:
+        wanted = bulk.with_folder(request.upscale_config(config.jobs, config.store))
         if load_card(wanted.model, wanted.store).sha256 != request.network_sha256:
             raise CheckpointCorrupt("the model was replaced before the job began; send it again")
         report = bulk.upscale(wanted, watch=watch)

@@ -7,13 +7,16 @@ import threading
 
 import pytest
 
-from cluster import serve_jobs
+from cluster import bulk, serve_jobs
 from cluster.serve import Jobs
 from cluster.serve_jobs import JobRunner
+from kdsr.checkpoint import load_card
 from kdsr.config import ServeConfig
 from kdsr.errors import KdsrError
+from kdsr.manifest import Report
 from kdsr.serving.jobs import JobCounts, JobOutcome, JobRecords, JobRequest, job_id
 from kdsr.store import open_store
+from tests.small_server import encoded
 
 
 @pytest.fixture
@@ -156,3 +159,32 @@ def test_what_was_begun_before_a_restart_goes_on_first(config, records):
     runner = Runner(config)
     runner.look()
     assert runner.begun == [begun]
+
+
+ONE_IMAGE = {
+    "in": ("in", ("*.png",)),
+    "in/a[1].png": ("in", ("a[[]1].png",)),
+    "in/none.png": ("in/none.png", ("*.png",)),
+}
+
+
+@pytest.mark.parametrize(("place", "expected"), ONE_IMAGE.items())
+def test_an_input_that_is_one_image_is_done_as_a_bulk_run_does_it(
+    config, records, tmp_path, tiny_models, monkeypatch, place, expected
+):
+    open_store(str(tmp_path / "in")).put("a[1].png", encoded())
+    seen = []
+    texts = dict.fromkeys(("run", "input", "output", "model", "model_sha256"), "")
+    report = Report(
+        **texts, listed=1, done=1, skipped=0, failed=0, failed_keys={}, output_megapixels=0.0, seconds=0.0
+    )
+    monkeypatch.setattr(bulk, "upscale", lambda wanted, watch: seen.append(wanted) or report)
+    request = JobRequest(
+        owner="anna", created="", fingerprint="", input=f"file://{tmp_path}/{place}", output="file:///out",
+        is_upload=False, include=("*.png",), model="tiny", network=tiny_models[2],
+        network_sha256=load_card(tiny_models[2]).sha256,
+    )  # fmt: skip
+    outcome = serve_jobs.run_job("0" * 32, request, config.model_dump(mode="json", include={"jobs", "store"}))
+    assert outcome["state"] == "done"
+    [wanted] = seen
+    assert (wanted.input, wanted.include) == (f"file://{tmp_path}/{expected[0]}", expected[1])

@@ -131,7 +131,7 @@ def test_the_same_job_under_its_key_is_made_once_for_each_owner(client, places, 
 
 @pytest.fixture
 def counted(serve, places):
-    """A client whose key A has 5000 output pixels a minute: one picture of 24 x 32 to x2, and no second one."""
+    """A client whose key A has 5000 output pixels a minute: 24 x 32 to x2 once, and not twice."""
     keys = {"anna": KEYS["anna"] | {"pixels_per_minute": 5000}, "bert": KEYS["bert"]}
     jobs = {"records": str(places / "records"), "inputs": [str(places)], "outputs": [str(places)]}
     return serve(auth="keys", keys=keys, jobs=jobs).client
