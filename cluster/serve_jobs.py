@@ -121,7 +121,9 @@ class JobRunner:
             records.finish(id_, owner, JobOutcome(state="cancelled", counts=job.counts))
         elif id_ in self._running:
             if (outcome := self._outcome(id_)) is not None:
-                records.finish(id_, owner, outcome)
+                if outcome.state == "failed":
+                    logger.warning("job %s failed: %s", id_, outcome.model_dump_json())
+                records.finish(id_, owner, outcome.for_caller(job.request, records.store.uri))
         else:
             return [job]
         return []

@@ -261,7 +261,8 @@ async def _order(request: Request, entrance: Entrance, options: Options, data: b
     accept = request.headers.get("accept", "*/*")
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
     pixels = contract.check_limits(header, network, wanted, entrance.limits)
-    return _Order(data, header, model, network, wanted, pixels, contract.etag_of(digest, network, wanted))
+    etag = contract.etag_of(digest, network, wanted, tile_size=entrance.config.tile_size)
+    return _Order(data, header, model, network, wanted, pixels, etag)
 
 
 async def _image(entrance: Entrance, body: Body) -> bytes:

@@ -252,8 +252,8 @@ def _liking(media_type: str, ranges: Mapping[str, float]) -> float:
     return 0.0
 
 
-def etag_of(data_sha256: str, network: ServedNetwork, wanted: Wanted) -> str:
-    """A strong validator: the same for the same bytes, network, options and version."""
+def etag_of(data_sha256: str, network: ServedNetwork, wanted: Wanted, *, tile_size: int | None = None) -> str:
+    """A strong validator: the same for the same bytes, network, options, tiles and version."""
     parts = {
         "input": data_sha256,
         "network": network.card.sha256,
@@ -261,6 +261,7 @@ def etag_of(data_sha256: str, network: ServedNetwork, wanted: Wanted) -> str:
         "scale": wanted.scale,
         "format": wanted.format,
         "encode": wanted.encode.model_dump(mode="json"),
+        "tile_size": tile_size,
         "version": __version__,
     }
     return f'"{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"'

@@ -15,7 +15,7 @@ from kdsr.engine import Engine
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.serving.admission import MAX_CALLS, Admission
 from kdsr.serving.contract import Call, Description, Refusal, Result, ServedModel, ServedNetwork
-from kdsr.serving.problems import Problem, is_expected, problem_of
+from kdsr.serving.problems import Problem, is_expected, problem_of, without_places
 from kdsr.spec import Card
 from kdsr.turns import Claim
 from kdsr.upscale import ComputeThreads, Upscaler
@@ -73,7 +73,8 @@ class ModelHost:
                 models += [before[name]] if name in before else []
         if models:
             self._replace(models, held)
-        self._failures = failures
+        uris = [network.uri for networks in table.values() for network in networks]
+        self._failures = {name: without_places(cause, *uris) for name, cause in failures.items()}
         return failures
 
     def _replace(self, models: Sequence[ServedModel], held: Mapping[str, _Network]) -> None:

@@ -31,7 +31,7 @@ from kdsr.errors import KeyExists, KeyNotFound, StoreError
 from kdsr.naming import is_junk
 from kdsr.provenance import now
 from kdsr.serving.contract import Description, Options
-from kdsr.serving.problems import Problem
+from kdsr.serving.problems import Problem, without_places
 from kdsr.spec import Frozen
 from kdsr.store import ObjectInfo, Store, open_store
 from kdsr.uris import absolute_uri
@@ -101,6 +101,19 @@ class JobOutcome(Frozen):
     counts: JobCounts = JobCounts()
     failures: dict[str, str] = Field(default={})
     """The first ones, by key."""
+
+    def for_caller(self, request: JobRequest, records: str) -> "JobOutcome":
+        """Without places that whoever made the job did not name; `records` is the uri of theirs."""
+        keep = () if request.is_upload else (request.input, request.output)
+        known = (request.network, records)
+        return self.model_copy(
+            update={
+                "message": without_places(self.message, *known, keep=keep),
+                "failures": {
+                    key: without_places(cause, *known, keep=keep) for key, cause in self.failures.items()
+                },
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,19 @@ class Runner(JobRunner):
         self._running[id_] = None
 
     def _outcome(self, id_):
-        return None
+        return self._running[id_]
 
     def end(self, records, id_):
         del self._running[id_]
         records.finish(id_, records.store.get(f"{id_}/owner").decode(), JobOutcome(state="done"))
 
 
-def asked(records, name, *, owner="anna", created="2026-01-01T00:00:00Z"):
+def asked(records, name, *, owner="anna", created="2026-01-01T00:00:00Z", is_upload=False):
     """The id of a job that waits."""
     id_ = job_id(owner, name)
     request = JobRequest(
         owner=owner, created=created, fingerprint=name, input="file:///in", output="file:///out",
-        is_upload=False, model="tiny", network="file:///network", network_sha256="0" * 64,
+        is_upload=is_upload, model="tiny", network="file:///network", network_sha256="0" * 64,
     )  # fmt: skip
     records.create(id_, request)
     records.store.put(f"{id_}/owner", owner.encode())
@@ -188,3 +188,21 @@ def test_an_input_that_is_one_image_is_done_as_a_bulk_run_does_it(
     assert outcome["state"] == "done"
     [wanted] = seen
     assert (wanted.input, wanted.include) == (f"file://{tmp_path}/{expected[0]}", expected[1])
+
+
+@pytest.mark.parametrize("is_upload", [False, True])
+def test_an_owner_hears_of_no_place_but_their_own_and_the_log_has_them_all(
+    config, records, caplog, is_upload
+):
+    id_ = asked(records, "job", is_upload=is_upload)
+    runner = Runner(config)
+    runner.look()
+    message = "file:///in/b.png: denied; file:///network/card.json: see /var/lib/kdsr/x, s3://ours/a b: full"
+    failures = {"b.png": f"store (upload): {records.store.uri}/{id_}/output/b.png: no space (28/7)"}
+    runner._running[id_] = JobOutcome(state="failed", message=message, failures=failures)
+    runner.look()
+    told = records.get(id_, owner="anna").outcome
+    own = "..." if is_upload else "file:///in/b.png"
+    assert told.message == f"{own}: denied; .../card.json: see ..., ... b: full"
+    assert list(told.failures.values()) == [f"store (upload): .../{id_}/output/b.png: no space (28/7)"]
+    assert message in caplog.text and records.store.uri in caplog.text

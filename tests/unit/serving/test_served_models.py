@@ -70,6 +70,14 @@ def test_when_no_new_model_can_be_loaded_the_old_ones_stay(server, tiny_models):
     )
 
 
+def test_callers_are_not_told_where_models_lie_and_the_log_is(server, tmp_path, caplog):
+    cause = server.host.load(table(tiny=[f"{tmp_path}/a b/none"]))["tiny"]
+    assert str(tmp_path) in cause and cause in caplog.text
+    answer = server.client.get("/v1/models")
+    assert "no card.json at ..." in answer.json()["failures"]["tiny"]
+    assert str(tmp_path) not in answer.text and "a b" not in answer.text
+
+
 def test_without_any_model_there_is_a_reason_to_come_again(server):
     empty = Description((), {}, 0, 0, 0.0)
 
