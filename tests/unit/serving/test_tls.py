@@ -1,0 +1,80 @@
+"""The options that Serve's proxies get bring a real handshake, with the proxies' own server and without Ray."""
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+
+import pytest
+from ray.serve._private.http_util import start_asgi_http_server
+
+from cluster import serve
+from infra.local import free_port
+from kdsr.config import ServeConfig
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """PEM files of a certificate for localhost, which signs itself, and of its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the program openssl is not there")
+    folder = tmp_path_factory.mktemp("tls")
+    files = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command += [
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-out",
+        str(files[0]),
+        "-keyout",
+        str(files[1]),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
+
+
+async def hello(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": scope["scheme"].encode()})
+
+
+def answer(config, context):
+    """What comes back over TLS from a server with the options of `config`."""
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        task, server = await start_asgi_http_server(hello, serve.http_options(config), event_loop=loop)
+        try:
+            while not server.started:
+                await asyncio.sleep(0.005)
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", config.port, ssl=context, server_hostname="localhost"
+            )
+            writer.write(REQUEST)
+            found = await reader.read()
+            writer.close()
+            return found
+        finally:
+            server.should_exit = True
+            await task
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def configured(certificate):
+    chain, key = certificate
+    return ServeConfig(auth="none", port=free_port(), tls_certificate=chain, tls_key=key)
+
+
+def test_a_client_that_trusts_the_certificate_is_answered_over_tls(certificate):
+    found = answer(configured(certificate), ssl.create_default_context(cafile=str(certificate[0])))
+    assert found.startswith(b"HTTP/1.1 200") and found.endswith(b"https")
+
+
+def test_a_client_that_does_not_trust_it_is_not(certificate):
+    with pytest.raises(ssl.SSLCertVerificationError):
+        answer(configured(certificate), ssl.create_default_context())
