@@ -261,7 +261,6 @@ def http_options(config: ServeConfig) -> HTTPOptions:
         keep_alive_timeout_s=30,
         ssl_certfile=text(config.tls_certificate),
         ssl_keyfile=text(config.tls_key),
-        ssl_ca_certs=text(config.tls_client_ca),
     )
 
 

@@ -6,6 +6,7 @@ import ssl
 import subprocess
 
 import pytest
+from pydantic import ValidationError
 from ray.serve._private.http_util import start_asgi_http_server
 
 from cluster import serve
@@ -42,17 +43,17 @@ async def hello(scope, receive, send):
     await send({"type": "http.response.body", "body": scope["scheme"].encode()})
 
 
-def answer(config, context):
-    """What comes back over TLS from a server with the options of `config`."""
+def answer(options, context):
+    """What comes back over TLS from a server with these options."""
 
     async def run():
         loop = asyncio.get_running_loop()
-        task, server = await start_asgi_http_server(hello, serve.http_options(config), event_loop=loop)
+        task, server = await start_asgi_http_server(hello, options, event_loop=loop)
         try:
             while not server.started:
                 await asyncio.sleep(0.005)
             reader, writer = await asyncio.open_connection(
-                "127.0.0.1", config.port, ssl=context, server_hostname="localhost"
+                "127.0.0.1", options.port, ssl=context, server_hostname="localhost"
             )
             writer.write(REQUEST)
             found = await reader.read()
@@ -71,10 +72,23 @@ def configured(certificate):
 
 
 def test_a_client_that_trusts_the_certificate_is_answered_over_tls(certificate):
-    found = answer(configured(certificate), ssl.create_default_context(cafile=str(certificate[0])))
+    found = answer(
+        serve.http_options(configured(certificate)), ssl.create_default_context(cafile=str(certificate[0]))
+    )
     assert found.startswith(b"HTTP/1.1 200") and found.endswith(b"https")
 
 
 def test_a_client_that_does_not_trust_it_is_not(certificate):
     with pytest.raises(ssl.SSLCertVerificationError):
-        answer(configured(certificate), ssl.create_default_context())
+        answer(serve.http_options(configured(certificate)), ssl.create_default_context())
+
+
+def test_no_field_promises_that_clients_are_asked_for_certificates(certificate):
+    with pytest.raises(ValidationError, match="tls_client_ca"):
+        ServeConfig.model_validate({"auth": "none", "tls_client_ca": "authority.pem"})
+    # What such a field came to: Serve's proxies answer clients without a certificate just the same.
+    options = serve.http_options(configured(certificate)).model_copy(
+        update={"ssl_ca_certs": str(certificate[0])}
+    )
+    found = answer(options, ssl.create_default_context(cafile=str(certificate[0])))
+    assert found.startswith(b"HTTP/1.1 200")
