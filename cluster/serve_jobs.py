@@ -1,6 +1,7 @@
 """Runs the jobs that the entrance wrote down, one Ray task each, and writes down what becomes of them.
 
-The records in the store are all that is remembered: whoever starts this anew goes on with what is left.
+The records in the store are all that is remembered: whoever starts this anew goes on with what is left. A
+lease beside them lets one process at a time do so.
 """
 
 import logging
@@ -18,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from kdsr.config import ServeConfig
 from kdsr.errors import CheckpointCorrupt, KdsrError
+from kdsr.lease import Lease, held
 from kdsr.serving.jobs import (
     MAX_SHOWN_FAILURES,
     Job,
@@ -56,7 +58,7 @@ class JobRunner:
     """By owner: the number of the job of theirs that was begun last."""
     _count: Iterator[int] = field(default_factory=count)
     _told: dict[str, str] = field(default_factory=dict)
-    """By job: what keeps it from going on, which the log has already."""
+    """By job, or for all of them: what keeps it from going on, which the log has already."""
     _tidied: float = -math.inf
     _thread: threading.Thread | None = None
 
@@ -73,24 +75,44 @@ class JobRunner:
     def _loop(self) -> None:
         while True:
             try:
+                store = self._records().store
+                with held(store.child("runner"), what=f"records at {store.uri}") as lease:
+                    self._rounds(lease)
+            except Exception as error:  # noqa: BLE001 whatever it was, there is another try
+                self._tell("jobs", error)
+            time.sleep(POLL_SECONDS)
+
+    def _rounds(self, lease: Lease) -> None:
+        """Look after the jobs until somebody else does, who then begins again what runs here."""
+        lost = threading.Event()
+        lease.when_lost = lost.set
+        while not lost.is_set():
+            try:
                 self.look()
             except KdsrError as error:
                 logger.warning("jobs: %s", error)
             except Exception:
                 logger.exception("jobs: not all of them were looked after this time")
             time.sleep(POLL_SECONDS)
+        logger.warning("jobs: another process looks after them now")
+        for id_ in list(self._running):
+            self._kill(id_)
+
+    def _records(self) -> JobRecords:
+        assert self.config.jobs is not None
+        return open_records(self.config.jobs, self.config.store)
 
     def look(self) -> None:
         """Begin what may begin, and end what has ended or shall end."""
         assert self.config.jobs is not None
-        records = open_records(self.config.jobs, self.config.store)
-        waiting = []
+        records = self._records()
+        waiting: list[Job] = []
         for owner, id_ in list(records.unfinished()):
             try:
                 waiting += self._look_at(records, owner, id_)
-                self._told.pop(id_, None)
+                self._told.pop(f"job {id_}", None)
             except Exception as error:  # noqa: BLE001 whatever it is, the other jobs go on
-                self._tell(id_, error)
+                self._tell(f"job {id_}", error)
         while waiting and len(self._running) < self.config.jobs.max_running:
             job = min(waiting, key=self._turn)
             waiting.remove(job)
@@ -128,12 +150,12 @@ class JobRunner:
             return [job]
         return []
 
-    def _tell(self, id_: str, error: Exception) -> None:
-        """Say once why a job does not go on."""
-        if self._told.get(id_) != str(error):
-            self._told[id_] = str(error)
+    def _tell(self, what: str, error: Exception) -> None:
+        """Say once why what was meant to go on does not."""
+        if self._told.get(what) != str(error):
+            self._told[what] = str(error)
             expected = isinstance(error, KdsrError)
-            logger.warning("job %s does not go on: %s", id_, error, exc_info=None if expected else error)
+            logger.warning("%s: %s", what, error, exc_info=None if expected else error)
 
     def _tidy(self, records: JobRecords) -> None:
         """Forget old jobs, now and then."""

@@ -3,7 +3,7 @@
 Each fact is an object of its own with one writer: `JOB/request.json` by the entrance, `JOB/progress.json` and
 `JOB/outcome.json` by whoever runs the job, `JOB/cancelled` by whoever cancels it. `open/OWNER/JOB` marks what
 is not finished; it is made before anything else and deleted after the outcome. `ended/DAY/JOB` marks what is,
-so that it can be forgotten some day.
+so that it can be forgotten some day. `runner/` is the lease of whoever runs jobs.
 """
 
 import hashlib

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 
 import pytest
 
@@ -103,24 +104,27 @@ def test_old_jobs_of_another_version_are_forgotten_too(records):
     assert not records.store.exists(f"{id_}/outcome.json")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_goes_wrong_in_a_round_there_is_another_one(config, monkeypatch, caplog):
-    rounds, enough = [], threading.Event()
+    rounds = []
 
     def look(_):
         rounds.append(1)
         if len(rounds) == 3:
-            enough.set()
             raise SystemExit
         raise ZeroDivisionError
 
     monkeypatch.setattr(JobRunner, "look", look)
     monkeypatch.setattr(serve_jobs, "POLL_SECONDS", 0.001)
     with caplog.at_level(logging.ERROR, logger="kdsr.serving"):
-        JobRunner(config).start()
-        assert enough.wait(60)
+        runner = JobRunner(config)
+        runner.start()
+        runner._thread.join(60)
+    assert len(rounds) == 3
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_serve_is_told_when_nobody_looks_after_the_jobs_any_more(config, monkeypatch):
     go = threading.Event()
 
@@ -206,3 +210,45 @@ def test_an_owner_hears_of_no_place_but_their_own_and_the_log_has_them_all(
     assert told.message == f"{own}: denied; .../card.json: see ..., ... b: full"
     assert list(told.failures.values()) == [f"store (upload): .../{id_}/output/b.png: no space (28/7)"]
     assert message in caplog.text and records.store.uri in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_two_clusters_on_the_same_records_do_not_both_run_jobs(config, records, monkeypatch, caplog):
+    monkeypatch.setattr(serve_jobs, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr("kdsr.lease.RENEW_SECONDS", 0.005)
+    looked, killed = {}, []
+
+    class One(JobRunner):
+        def look(self):
+            looked[id(self)] = looked.get(id(self), 0) + 1
+            self._running["0" * 32] = None
+
+        def _kill(self, id_):
+            killed.append(self._running.pop(id_))
+
+    first, second = One(config), One(config)
+    first.start()
+    wait_for(lambda: looked.get(id(first), 0) > 2)
+    second.start()
+    wait_for(lambda: "worked on by" in caplog.text)
+    assert id(second) not in looked
+    # Somebody on another machine found the first one dead, and was wrong.
+    [lease] = [info.key for info in records.store.list("runner/")]
+    records.store.put("runner/lease-000000999.json", records.store.get(lease))
+    wait_for(lambda: killed)
+    One.look = end_thread
+    records.store.delete("runner/lease-000000999.json")
+    for runner in (first, second):
+        runner._thread.join(60)
+        assert not runner._thread.is_alive()
+
+
+def end_thread(_):
+    raise SystemExit
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

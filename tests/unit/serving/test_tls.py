@@ -1,4 +1,4 @@
-"""The options that Serve's proxies get bring a real handshake, with the proxies' own server and without Ray."""
+"""The options that Serve's proxies get bring a real handshake, by the proxies' own server and without Ray."""
 
 import asyncio
 import shutil
@@ -24,18 +24,22 @@ def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
     files = folder / "certificate.pem", folder / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-    command += [
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        "subjectAltName=DNS:localhost",
-        "-out",
-        str(files[0]),
-        "-keyout",
-        str(files[1]),
-    ]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command += ["-out", str(files[0]), "-keyout", str(files[1])]
     subprocess.run(command, check=True, capture_output=True)
     return files
+
+
+@pytest.fixture
+def options(certificate):
+    chain, key = certificate
+    config = ServeConfig(auth="none", port=free_port(), tls_certificate=chain, tls_key=key)
+    return serve.http_options(config)
+
+
+@pytest.fixture
+def trusting(certificate):
+    return ssl.create_default_context(cafile=str(certificate[0]))
 
 
 async def hello(scope, receive, send):
@@ -66,29 +70,19 @@ def answer(options, context):
     return asyncio.run(asyncio.wait_for(run(), 60))
 
 
-def configured(certificate):
-    chain, key = certificate
-    return ServeConfig(auth="none", port=free_port(), tls_certificate=chain, tls_key=key)
+def test_a_client_that_trusts_the_certificate_is_answered_over_tls(options, trusting):
+    found = answer(options, trusting)
+    assert found.startswith(b"HTTP/1.1 200") and b"https" in found
 
 
-def test_a_client_that_trusts_the_certificate_is_answered_over_tls(certificate):
-    found = answer(
-        serve.http_options(configured(certificate)), ssl.create_default_context(cafile=str(certificate[0]))
-    )
-    assert found.startswith(b"HTTP/1.1 200") and found.endswith(b"https")
-
-
-def test_a_client_that_does_not_trust_it_is_not(certificate):
+def test_a_client_that_does_not_trust_it_is_not(options):
     with pytest.raises(ssl.SSLCertVerificationError):
-        answer(serve.http_options(configured(certificate)), ssl.create_default_context())
+        answer(options, ssl.create_default_context())
 
 
-def test_no_field_promises_that_clients_are_asked_for_certificates(certificate):
+def test_no_field_promises_that_clients_are_asked_for_certificates(options, trusting, certificate):
     with pytest.raises(ValidationError, match="tls_client_ca"):
         ServeConfig.model_validate({"auth": "none", "tls_client_ca": "authority.pem"})
-    # What such a field came to: Serve's proxies answer clients without a certificate just the same.
-    options = serve.http_options(configured(certificate)).model_copy(
-        update={"ssl_ca_certs": str(certificate[0])}
-    )
-    found = answer(options, ssl.create_default_context(cafile=str(certificate[0])))
-    assert found.startswith(b"HTTP/1.1 200")
+    # All that it came to: Serve's proxies answer clients without a certificate just the same.
+    options = options.model_copy(update={"ssl_ca_certs": str(certificate[0])})
+    assert answer(options, trusting).startswith(b"HTTP/1.1 200")
