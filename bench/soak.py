@@ -4,14 +4,17 @@
     python bench/soak.py --parts mixed --minutes 2
 
 `overload`    requests at ten times what 16 callers got answered, for `--overload-seconds`; then 16 callers
-              again, second by second. Refusals are 429 or 503; nothing else may be refused or fail, and
+              again, second by second. Refusals are 429; nothing else may be refused or fail, not with 503
+              either, since nothing is killed and no model replaced here, and
               `recovered_seconds` is how long it took to be back at 0.9 of the speed before.
 `mutations`   `--files` broken images of bench/mutations.py over HTTP: only 2xx and 4xx may come back.
 `schema`      schemathesis (`--schemathesis PROGRAM`) against /openapi.json: no 5xx, no answer that the
               document does not allow.
 `mixed`       for `--minutes`: images of 64 pixels a side to 4 megapixels and broken ones at the same time.
               `slope_mb_per_hour` is that of a line through the resident memory of the server's processes,
-              its first fifth left out; what many processes share is counted in each.
+              its first fifth left out; what many processes share is counted in each. More than 500 of
+              all processes together, over at least 10 minutes, is a leak and a finding; what is less or
+              shorter is told only, since caches fill and arenas grow in the first minutes.
 
 All parts talk to one server with photo-tiny-x4, the fastest that comes along, so that most of what happens is
 the server's own. Exits 1 if anything happened that may not.
@@ -57,10 +60,12 @@ CHECKS = (
 RECOVERED = 0.9
 """Share of the speed before."""
 TIMES_TOO_MUCH = 10
+LEAK_MB_PER_HOUR, LEAK_SECONDS = 500.0, 600.0
+"""What is clearly a leak: a steeper slope than the first over at least the second."""
 
 TITLE = "Serving: too much, broken files, a long time"
 REMARKS = [
-    "One server. `answered` with an image, `refused` with 429 or 503, or 4xx for a broken file; of `failed` "
+    "One server. `answered` with an image, `refused` with 429, or 4xx for a broken file; of `failed` "
     "there must be none. `recovered_seconds` after ten times the load that it can take; `slope_mb_per_hour` "
     "of resident memory under mixed traffic. What each row is, exactly: bench/soak.py."
 ]
@@ -91,13 +96,26 @@ class Memory:
 
     def slopes(self) -> dict[str, float]:
         """Megabytes in an hour of each kind of process, and of all."""
-        seen = self.seen[len(self.seen) // 5 :]
+        seen = self._steady()
         if len(seen) < 5:
             return {}
         hours = np.array([at - seen[0][0] for at, _ in seen]) / 3600
         parts = {part: np.array([row.get(part, 0.0) for _, row in seen]) for part in seen[-1][1]}
         parts["all"] = np.sum(list(parts.values()), axis=0)
         return {part: float(np.polyfit(hours, values, 1)[0]) for part, values in parts.items()}
+
+    def leak(self) -> str | None:
+        """A sentence if it is clear that there is one."""
+        seen, slopes = self._steady(), self.slopes()
+        if not slopes or seen[-1][0] - seen[0][0] < LEAK_SECONDS or slopes["all"] <= LEAK_MB_PER_HOUR:
+            return None
+        return (
+            f"memory grows by {slopes['all']:.0f} MB/h, more than {LEAK_MB_PER_HOUR:.0f}: {rounded(slopes)}"
+        )
+
+    def _steady(self) -> list[tuple[float, dict[str, float]]]:
+        """Without the first fifth."""
+        return self.seen[len(self.seen) // 5 :]
 
     def row(self) -> dict[str, Any]:
         """For a table."""
@@ -232,12 +250,13 @@ class Soak:
             self.findings += [f"mixed: {name}: {each.statuses}"] if each.failed else []
         bad = {status: number for status, number in statuses.items() if not 200 <= status < 500}
         self.findings += [f"mixed: broken files: {bad}"] if bad else []
+        self.findings += [f"mixed: {leak}"] if (leak := memory.leak()) else []
         self.found |= {"soak_minutes": self._arguments.minutes, "slopes_mb_per_hour": memory.slopes()}
         self._row("broken", requests=statuses.total(), failed=sum(bad.values()))
         self._row("memory", minutes=self._arguments.minutes, **memory.row())
 
     def _broken(self, ended: threading.Event) -> Counter[int]:
-        """One broken file after the other; 503 counts as the refusal that it is."""
+        """How often each status came back to one broken file after the other."""
         statuses: Counter[int] = Counter()
         for case in _endless_cases():
             if ended.wait(0.5):

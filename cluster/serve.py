@@ -63,10 +63,14 @@ class Replica:
         self._host = ModelHost(config, num_threads=num_threads, device=device)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the models of `user_config`; one that cannot be loaded stays as it was."""
+        """Serve the models of `user_config`; one that cannot be loaded stays as it was.
+
+        Raises KdsrError when it is the first time and one cannot: a replica has all of them, or starts anew.
+        """
         table = ServeConfig.model_validate({"models": user_config["models"]}).models
+        is_first = not self._host.describe().models
         failures = await asyncio.to_thread(self._host.load, table)
-        if failures and not self._host.describe().models:
+        if failures and is_first:
             raise KdsrError("; ".join(f"model {name}: {cause}" for name, cause in failures.items()))
 
     async def upscale(self, call: Call) -> Result | Refusal:
@@ -154,7 +158,12 @@ class Jobs:
         from cluster.serve_jobs import JobRunner
 
         _log_to_stderr()
-        JobRunner(ServeConfig.model_validate(settings)).start()
+        self._runner = JobRunner(ServeConfig.model_validate(settings))
+        self._runner.start()
+
+    async def check_health(self) -> None:
+        """Serve starts another one when this raises."""
+        self._runner.require_alive()
 
     async def describe(self) -> str:
         """It lives."""
@@ -254,7 +263,6 @@ def http_options(config: ServeConfig) -> HTTPOptions:
         keep_alive_timeout_s=30,
         ssl_certfile=text(config.tls_certificate),
         ssl_keyfile=text(config.tls_key),
-        ssl_ca_certs=text(config.tls_client_ca),
     )
 
 

@@ -8,7 +8,7 @@ the models without a restart. What a request may be is on the page /docs of the 
 
 import signal
 import sys
-import threading
+from queue import SimpleQueue
 
 from kdsr.cli import main, parse
 from kdsr.config import ServeConfig
@@ -25,20 +25,21 @@ def run(config: ServeConfig) -> int:
         return 0
     from cluster import serve
 
-    print(f"serving {', '.join(config.models)} at {serve.start(config)}", flush=True)
-    while wait() == signal.SIGHUP:
+    address = serve.start(config)
+    came = signals()
+    print(f"serving {', '.join(config.models)} at {address}", flush=True)
+    while came.get() == signal.SIGHUP:
         replace_models(config)
     serve.stop()
     return 0
 
 
-def wait() -> int:
-    """The signal that came: HUP, INT or TERM."""
-    woken, came = threading.Event(), []
+def signals() -> "SimpleQueue[int]":
+    """Each HUP, INT and TERM from now on, those too that come while another one is being answered."""
+    came: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda found, _: (came.append(found), woken.set()))
-    woken.wait()
-    return came[0]
+        signal.signal(number, lambda found, _: came.put(found))
+    return came
 
 
 def replace_models(config: ServeConfig) -> None:
@@ -51,6 +52,13 @@ def replace_models(config: ServeConfig) -> None:
         print(f"serving {', '.join(models)}", flush=True)
     except KdsrError as error:
         print(f"the models stay as they are: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 whatever Ray raises, the server goes on
+        found = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        print(
+            f"the models were not all replaced; GET /v1/models says what is served: {found}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

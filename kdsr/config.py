@@ -1033,8 +1033,6 @@ class ServeConfig(Frozen):
     """PEM file of the certificate chain; plain HTTP when not set."""
     tls_key: Path | None = None
     """PEM file of its key."""
-    tls_client_ca: Path | None = None
-    """PEM file of authorities; clients without a certificate of theirs are refused."""
     auth: Literal["keys", "none"] = "keys"
     """none lets everybody in, and has to be asked for."""
     keys: dict[Name, KeyConfig] = Field(default={})
@@ -1068,8 +1066,6 @@ class ServeConfig(Frozen):
     def _whole_certificate(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; give both or none")
-        if self.tls_client_ca is not None and self.tls_certificate is None:
-            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         return self
 
 

@@ -1,7 +1,6 @@
 """The HTTP application. Everything behind it is a `Backend`: a cluster, or a process of its own for tests."""
 
 import asyncio
-import hashlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,16 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from kdsr import __version__, codecs
+from kdsr import __version__
 from kdsr.codecs import ImageHeader
 from kdsr.config import KeyConfig, LimitsConfig, ServeConfig
-from kdsr.errors import DataError, ImageTooLarge
 from kdsr.serving import contract
 from kdsr.serving.access import Access, request_id_of
-from kdsr.serving.bodies import Body, read_body
+from kdsr.serving.bodies import Body, announced_length, inspected, read_body
 from kdsr.serving.contract import (
     Call,
-    Description,
     Options,
     Refusal,
     Result,
@@ -34,7 +31,7 @@ from kdsr.serving.contract import (
 )
 from kdsr.serving.docs_page import docs_page
 from kdsr.serving.entrance import Backend, Entrance, idempotency_key, query_of
-from kdsr.serving.fetch import Fetcher
+from kdsr.serving.fetch import Fetcher, refused
 from kdsr.serving.front import add_page
 from kdsr.serving.job_routes import JobRoutes
 from kdsr.serving.keys import Caller, Keys, Quotas
@@ -104,8 +101,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
     headers = dict(error.headers or {})
+    # Not request.url: it is made of the query too, which may be no text at all.
     return problem_response(
-        request, Problem(kind, f"{request.method} {request.url.path[:80]}", headers=headers)
+        request, Problem(kind, f"{request.method} {request.scope['path'][:80]}", headers=headers)
     )
 
 
@@ -224,25 +222,21 @@ async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Resp
     began = perf_counter()
     # Before the body is read: a wrong option costs nobody an upload.
     query = contract.read_options(query_of(request))
-    description = await entrance.backend.describe()
-    description.model(query.model)
-    length = _announced(request, entrance.limits)
-    if entrance.waiting_bytes + length > entrance.limits.max_waiting_bytes:
-        raise Problem("busy", "too many bodies are on their way already; try again later", retry_after=1)
-    entrance.waiting_bytes += length
-    try:
+    (await entrance.backend.describe()).model(query.model)
+    with entrance.holding(_announced(request, entrance.limits)):
         body = await read_body(request, entrance.limits)
-        order = await _order(request, entrance, body, description)
-        return await _answer(request, entrance, caller, order, began)
-    finally:
-        entrance.waiting_bytes -= length
+        options = contract.read_options(query_of(request), body.fields)
+        (await entrance.backend.describe()).model(options.model)
+        data = await _image(entrance, body)
+        with entrance.holding(len(data) if body.image is None else 0):
+            order = await _order(request, entrance, options, data)
+            return await _answer(request, entrance, caller, order, began)
 
 
 def _announced(request: Request, limits: LimitsConfig) -> int:
     """Bytes that the body has, or may have."""
-    length = request.headers.get("content-length", "")
-    most = limits.max_body_bytes * 4 // 3
-    return min(int(length[:18]), most) if length.isascii() and length.isdigit() else most
+    length, most = announced_length(request.headers), limits.max_body_bytes * 4 // 3
+    return most if length is None else min(length, most)
 
 
 @dataclass(frozen=True)
@@ -258,17 +252,17 @@ class _Order:
     etag: str
 
 
-async def _order(request: Request, entrance: Entrance, body: Body, description: Description) -> _Order:
+async def _order(request: Request, entrance: Entrance, options: Options, data: bytes) -> _Order:
     """Everything that can be refused without decoding a pixel is refused here."""
-    options = contract.read_options(query_of(request), body.fields)
-    model = description.model(options.model)
+    # Asked again: while the image came, models may have been replaced.
+    model = (await entrance.backend.describe()).model(options.model)
     network = model.network_for(options.scale)
-    data = await _image(entrance, body)
-    header, digest = await asyncio.to_thread(_inspect, data, entrance.limits.max_frames)
+    header, digest = await entrance.inspections.run(inspected, data, entrance.limits.max_frames)
     accept = request.headers.get("accept", "*/*")
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
     pixels = contract.check_limits(header, network, wanted, entrance.limits)
-    return _Order(data, header, model, network, wanted, pixels, contract.etag_of(digest, network, wanted))
+    etag = contract.etag_of(digest, network, wanted, tile_size=entrance.config.tile_size)
+    return _Order(data, header, model, network, wanted, pixels, etag)
 
 
 async def _image(entrance: Entrance, body: Body) -> bytes:
@@ -276,23 +270,14 @@ async def _image(entrance: Entrance, body: Body) -> bytes:
         return body.image
     if not entrance.config.fetch_urls:
         raise Problem("forbidden", "this server does not fetch URLs; send the image itself")
-    fetcher = Fetcher(entrance.limits.max_body_bytes, entrance.limits.body_seconds)
-    return await asyncio.to_thread(fetcher.get, str(body.url))
-
-
-def _inspect(data: bytes, max_frames: int) -> tuple[ImageHeader, str]:
-    """Header and sha256. Raises Problem for what is no image that is read."""
+    seconds = entrance.limits.body_seconds
+    fetcher = Fetcher(entrance.limits.max_body_bytes, seconds)
     try:
-        codecs.identify(data)
-    except DataError as error:
-        raise Problem("unsupported-media-type", str(error)) from None
-    try:
-        header = codecs.probe(data, max_frames=max_frames)
-    except ImageTooLarge as error:
-        raise Problem("image-too-large", str(error)) from None
-    except DataError as error:
-        raise Problem("invalid-image", str(error)) from None
-    return header, hashlib.sha256(data).hexdigest()
+        # The fetcher ends by itself but for asking for a name, which nothing can break off.
+        async with asyncio.timeout(seconds):
+            return await entrance.fetches.run(fetcher.get, str(body.url))
+    except TimeoutError:
+        raise refused("it did not arrive in time") from None
 
 
 async def _answer(

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,17 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from kdsr import codecs
+from kdsr.codecs import ImageHeader
 from kdsr.config import LimitsConfig
+from kdsr.errors import DataError, ImageTooLarge
 from kdsr.serving.contract import json_object
 from kdsr.serving.problems import Problem
 
 ROOM_FOR_FIELDS = 64 * 2**10
 """Bytes of a form or a JSON object beside its image."""
+MAX_DIGITS = 18
+"""Of a length; no body has more."""
 RAW_TYPES = ("application/octet-stream",)
 HINT = (
     "send the image itself with Content-Type: image/..., a multipart/form-data field named file, or "
@@ -85,10 +91,22 @@ async def timely(
         yield chunk
 
 
+def announced_length(headers: Mapping[str, str]) -> int | None:
+    """Bytes that the body has by its header, None without one. Raises Problem 400 for what is no number."""
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise Problem("bad-request", "Content-Length: expected a whole number")
+    digits = text.lstrip("0")
+    # What has more digits is too much anyway, and Python refuses to read thousands of them.
+    return int(digits or "0") if len(digits) <= MAX_DIGITS else 10**MAX_DIGITS
+
+
 def check_length(headers: Mapping[str, str], most: int) -> None:
     """Raise Problem 413 when the header announces more than `most` bytes."""
-    length = headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:18]) > most:
+    length = announced_length(headers)
+    if length is not None and length > most:
         raise too_long(most)
 
 
@@ -97,6 +115,25 @@ def too_long(most: int) -> Problem:
     return Problem(
         "body-too-large", f"more than the {most} bytes that are taken in one request; send it to /v1/jobs"
     )
+
+
+def inspected(data: bytes, max_frames: int) -> tuple[ImageHeader, str]:
+    """Header and sha256 of an image. Raises Problem for what is none that is read."""
+    return header_of(data, max_frames), hashlib.sha256(data).hexdigest()
+
+
+def header_of(data: bytes, max_frames: int) -> ImageHeader:
+    """What an image says of itself. Raises Problem for what is none that is read."""
+    try:
+        codecs.identify(data)
+    except DataError as error:
+        raise Problem("unsupported-media-type", str(error)) from None
+    try:
+        return codecs.probe(data, max_frames=max_frames)
+    except ImageTooLarge as error:
+        raise Problem("image-too-large", str(error)) from None
+    except DataError as error:
+        raise Problem("invalid-image", str(error)) from None
 
 
 def _not_empty(data: bytes) -> bytes:

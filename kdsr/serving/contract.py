@@ -197,6 +197,8 @@ class Description:
 
     def model(self, name: str | None) -> ServedModel:
         """The model called `name`, or the first. Raises Problem."""
+        if not self.models:
+            raise Problem("loading", "no model is loaded yet; try again soon", retry_after=2)
         if name is None:
             return self.models[0]
         for model in self.models:
@@ -250,8 +252,8 @@ def _liking(media_type: str, ranges: Mapping[str, float]) -> float:
     return 0.0
 
 
-def etag_of(data_sha256: str, network: ServedNetwork, wanted: Wanted) -> str:
-    """A strong validator: the same for the same bytes, network, options and version."""
+def etag_of(data_sha256: str, network: ServedNetwork, wanted: Wanted, *, tile_size: int | None = None) -> str:
+    """A strong validator: the same for the same bytes, network, options, tiles and version."""
     parts = {
         "input": data_sha256,
         "network": network.card.sha256,
@@ -259,6 +261,7 @@ def etag_of(data_sha256: str, network: ServedNetwork, wanted: Wanted) -> str:
         "scale": wanted.scale,
         "format": wanted.format,
         "encode": wanted.encode.model_dump(mode="json"),
+        "tile_size": tile_size,
         "version": __version__,
     }
     return f'"{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"'
@@ -270,8 +273,14 @@ def matches(if_none_match: str, etag: str) -> bool:
     return etag in tags or tags == ["*"]
 
 
+def output_pixels(header: ImageHeader, network: ServedNetwork, scale: float | None) -> int:
+    """Those of the network or the result, whichever are more, over all frames."""
+    factor = max(network.scale, scale or 0)
+    return int(header.height * header.width * header.frames * factor**2)
+
+
 def check_limits(header: ImageHeader, network: ServedNetwork, wanted: Wanted, limits: LimitsConfig) -> int:
-    """Output pixels, those of the network or the result, whichever are more. Raises Problem 413."""
+    """Output pixels. Raises Problem 413."""
     pixels = header.height * header.width
     if header.frames > limits.max_frames:
         raise Problem(
@@ -284,8 +293,7 @@ def check_limits(header: ImageHeader, network: ServedNetwork, wanted: Wanted, li
             f"{header.width} x {header.height} pixels{frames}; at most {limits.max_pixels} in all are taken "
             f"in one request: make it smaller, or send it to /v1/jobs",
         )
-    factor = max(network.scale, wanted.scale or 0)
-    output = int(pixels * header.frames * factor**2)
+    output = output_pixels(header, network, wanted.scale)
     if output > limits.max_output_pixels:
         raise Problem(
             "image-too-large",

@@ -1,6 +1,8 @@
 """What one process at the entrance knows and remembers, and what all its paths read from a request."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,9 +11,15 @@ from starlette.requests import Request
 from kdsr.config import LimitsConfig, ServeConfig
 from kdsr.serving.contract import Call, Description, Refusal, Result
 from kdsr.serving.keys import Keys, Quotas
+from kdsr.serving.pools import Pool
 from kdsr.serving.problems import Problem
 from kdsr.serving.replays import Replays
 from kdsr.serving.telemetry import Telemetry
+
+INSPECTIONS, FETCHES, STORE_THREADS = 4, 8, 8
+"""Threads of each kind."""
+MAX_STORE_CALLS = 200
+"""That wait or are under way; beyond it says 429."""
 
 
 class Backend(Protocol):
@@ -35,6 +43,24 @@ class Entrance:
     replays: Replays[tuple[Result, dict[str, str]]]
     telemetry: Telemetry = field(default_factory=Telemetry)
     waiting_bytes: int = 0
+    """Of bodies, and of what is fetched."""
+    # How many bodies there are is bounded by their bytes already, and by those who may call at once.
+    inspections: Pool = field(default_factory=lambda: Pool("inspection", threads=INSPECTIONS, most=10**6))
+    fetches: Pool = field(default_factory=lambda: Pool("fetching", threads=FETCHES, most=FETCHES))
+    store_calls: Pool = field(
+        default_factory=lambda: Pool("the store", threads=STORE_THREADS, most=MAX_STORE_CALLS)
+    )
+
+    @contextmanager
+    def holding(self, num_bytes: int) -> Iterator[None]:
+        """Count so many bytes until the block ends. Raises Problem 429 when there is no room for them."""
+        if self.waiting_bytes + num_bytes > self.limits.max_waiting_bytes:
+            raise Problem("busy", "too many bodies are on their way already; try again later", retry_after=1)
+        self.waiting_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.waiting_bytes -= num_bytes
 
     @property
     def limits(self) -> LimitsConfig:

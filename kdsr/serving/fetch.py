@@ -2,15 +2,17 @@
 
 The name is resolved once, every address is checked, and the connection goes to the address that was checked:
 a name that answers otherwise the second time gains nothing. Each redirect is a new URL with the same checks.
+All of it has one deadline, but for asking for a name, which nothing can break off.
 """
 
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -65,12 +67,12 @@ class Fetcher:
             if isinstance(answer, bytes):
                 return answer
             url = urljoin(url, answer)
-        raise _refused(f"more than {MAX_REDIRECTS} redirects")
+        raise refused(f"more than {MAX_REDIRECTS} redirects")
 
     def _get_one(self, url: SplitResult, end: float) -> bytes | str:
         """The content, or where it redirects to."""
         try:
-            with closing(self._connection(url, end)) as connection:
+            with closing(self._connection(url, end)) as connection, broken_off_at(end, connection):
                 target = f"{url.path or '/'}{'?' if url.query else ''}{url.query}"
                 headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "kdsr"}
                 connection.request("GET", target, headers=headers)
@@ -79,22 +81,21 @@ class Fetcher:
                 if response.status in _REDIRECTS and location:
                     return location
                 if response.status != 200:
-                    raise _refused(f"it answered {response.status}")
+                    raise refused(f"it answered {response.status}")
                 return self._read(response, end)
         except (OSError, http.client.HTTPException, ValueError):
-            raise _refused("nothing that can be read answered there in time") from None
+            raise refused("nothing that can be read answered there in time") from None
 
-    def _connection(self, url: SplitResult, end: float) -> http.client.HTTPConnection:
+    def _connection(self, url: SplitResult, end: float) -> "_Pinned":
         host, port = str(url.hostname), url.port or PORTS[url.scheme]
         try:
             addresses = self.resolve(host, port)
         except (OSError, UnicodeError):
-            raise _refused("its name is not known") from None
+            raise refused("its name is not known") from None
         if not addresses or not all(map(self.is_allowed, addresses)):
             raise Problem("forbidden", "url: only public addresses are fetched from")
-        timeout = max(end - time.monotonic(), 0.001)
         kind = _Pinned if url.scheme == "http" else _PinnedTls
-        return kind(host, port, address=addresses[0], timeout=timeout)
+        return kind(host, port, address=addresses[0], end=end)
 
     def _read(self, response: http.client.HTTPResponse, end: float) -> bytes:
         received = bytearray()
@@ -102,20 +103,31 @@ class Fetcher:
             received += chunk
             if len(received) > self.max_bytes:
                 raise Problem("body-too-large", f"url: more than the {self.max_bytes} bytes that are taken")
-            if time.monotonic() > end:
-                raise _refused("it did not arrive in time")
+        if time.monotonic() > end:
+            raise refused("it did not arrive in time")
         return bytes(received)
 
 
 class _Pinned(http.client.HTTPConnection):
-    """To one address, whatever its name resolves to by now."""
+    """To one address, whatever its name resolves to by now. `end` is a time of `time.monotonic`."""
 
-    def __init__(self, host: str, port: int, *, address: str, timeout: float) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self._address = address
+    wire: socket.socket | None = None
+    """Stays when http.client has handed `sock` over to a response."""
+
+    def __init__(self, host: str, port: int, *, address: str, end: float) -> None:
+        super().__init__(host, port)
+        self._address, self._end = address, end
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = self.wire = socket.create_connection((self._address, self.port), self._left())
+        self.sock.settimeout(self._left())
+
+    def _left(self) -> float:
+        """Seconds. Raises TimeoutError when there are none."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
 
 
 class _PinnedTls(_Pinned):
@@ -123,7 +135,32 @@ class _PinnedTls(_Pinned):
 
     def connect(self) -> None:
         super().connect()
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        context = ssl.create_default_context()
+        # The handshake comes when there is something that can be broken off.
+        self.sock = self.wire = context.wrap_socket(
+            self.sock, server_hostname=self.host, do_handshake_on_connect=False
+        )
+        self.sock.settimeout(self._left())
+        self.sock.do_handshake()
+
+
+@contextmanager
+def broken_off_at(end: float, connection: _Pinned) -> Iterator[None]:
+    """The connection within the block does not outlive `end`, however often a byte comes."""
+
+    def break_off() -> None:
+        if connection.wire is not None:
+            with suppress(OSError):
+                # Not the method of TLS, after which what comes would be read as plain text.
+                socket.socket.shutdown(connection.wire, socket.SHUT_RDWR)
+
+    timer = threading.Timer(end - time.monotonic(), break_off)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _checked(url: str, ports: frozenset[int]) -> SplitResult:
@@ -132,13 +169,13 @@ def _checked(url: str, ports: frozenset[int]) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise _refused("it is no URL") from None
+        raise refused("it is no URL") from None
     if len(url) > MAX_URL or not url.isascii() or not url.isprintable() or " " in url:
-        raise _refused(f"expected at most {MAX_URL} visible ASCII characters")
+        raise refused(f"expected at most {MAX_URL} visible ASCII characters")
     if parts.scheme not in PORTS or not parts.hostname:
-        raise _refused("expected http:// or https:// and a host")
+        raise refused("expected http:// or https:// and a host")
     if "@" in parts.netloc:
-        raise _refused("credentials in it are not used")
+        raise refused("credentials in it are not used")
     if port not in (None, *ports):
         raise Problem(
             "forbidden", f"url: only the ports {', '.join(map(str, sorted(ports)))} are fetched from"
@@ -146,5 +183,6 @@ def _checked(url: str, ports: frozenset[int]) -> SplitResult:
     return parts
 
 
-def _refused(why: str) -> Problem:
+def refused(why: str) -> Problem:
+    """What a caller is told of a URL."""
     return Problem("invalid-option", f"url: {why}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from kdsr.engine import Engine
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.serving.admission import MAX_CALLS, Admission
 from kdsr.serving.contract import Call, Description, Refusal, Result, ServedModel, ServedNetwork
-from kdsr.serving.problems import Problem, is_expected, problem_of
+from kdsr.serving.problems import Problem, is_expected, problem_of, without_places
 from kdsr.spec import Card
 from kdsr.turns import Claim
 from kdsr.upscale import ComputeThreads, Upscaler
@@ -23,6 +24,8 @@ logger = logging.getLogger("kdsr.serving")
 
 BYTES_PER_PIXEL = 4
 """Red, green, blue and alpha, for 8 bits."""
+LEAVE_SECONDS = 10.0
+"""How long a network that no model names any more answers whoever was told of it before."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,21 @@ class ModelHost:
         self._admission = Admission(config.limits.queue_bytes)
         self._models: tuple[ServedModel, ...] = ()
         self._networks: dict[str, _Network] = {}
+        self._leaving: dict[str, tuple[_Network, float]] = {}
+        """Networks that were replaced, each with the time of `time.monotonic` at which it goes."""
+        self._lock = threading.Lock()
         self._failures: dict[str, str] = {}
 
     def load(self, table: ModelTable) -> Mapping[str, str]:
         """Serve the models of `table`, all at once, and return why some are not what was asked for.
 
         A network that is held already is kept. A model that cannot be loaded stays as it was before, and is
-        left out when there was none. Takes a second or more; calls go on meanwhile.
+        left out when there was none; when not one can be loaded, all stay as they were. What is replaced
+        answers for some seconds more. Takes a second or more; calls go on meanwhile.
         """
         before = {model.name: model for model in self._models}
         models, failures = [], {}
-        held = dict(self._networks)
+        held = {sha256: network for sha256, (network, _) in self._leaving.items()} | self._networks
         for name, networks in table.items():
             try:
                 models.append(self._load_model(name, networks, held))
@@ -64,10 +71,32 @@ class ModelHost:
                 logger.error("model %s is not replaced: %s", name, error)
                 failures[name] = str(error)
                 models += [before[name]] if name in before else []
-        wanted = {network.card.sha256 for model in models for network in model.networks}
-        self._networks = {sha256: held[sha256] for sha256 in held if sha256 in wanted}
-        self._models, self._failures = tuple(models), failures
+        if models:
+            self._replace(models, held)
+        uris = [network.uri for networks in table.values() for network in networks]
+        self._failures = {name: without_places(cause, *uris) for name, cause in failures.items()}
         return failures
+
+    def _replace(self, models: Sequence[ServedModel], held: Mapping[str, _Network]) -> None:
+        """Serve `models`, whose networks are among `held`, from now on."""
+        wanted = {network.card.sha256 for model in models for network in model.networks}
+        with self._lock:
+            end = time.monotonic() + LEAVE_SECONDS
+            leaving = {sha256: (network, end) for sha256, network in self._networks.items()}
+            self._leaving = {
+                sha256: left for sha256, left in (self._leaving | leaving).items() if sha256 not in wanted
+            }
+            self._networks = {sha256: held[sha256] for sha256 in wanted}
+            self._models = tuple(models)
+        timer = threading.Timer(LEAVE_SECONDS, self._drop_left)
+        timer.daemon = True
+        timer.start()
+
+    def _drop_left(self) -> None:
+        """Let those networks go whose time is over."""
+        with self._lock:
+            now = time.monotonic()
+            self._leaving = {sha256: left for sha256, left in self._leaving.items() if left[1] > now}
 
     def _load_model(
         self, name: str, networks: Sequence[NetworkConfig], held: dict[str, _Network]
@@ -130,9 +159,12 @@ class ModelHost:
         return future
 
     def _network(self, call: Call) -> _Network:
-        if call.network_sha256 not in self._networks:
+        with self._lock:
+            left, _ = self._leaving.get(call.network_sha256, (None, 0.0))
+            network = self._networks.get(call.network_sha256, left)
+        if network is None:
             raise Problem("loading", f"model {call.model} is being replaced; try again", retry_after=1)
-        return self._networks[call.network_sha256]
+        return network
 
     def _cost(self, call: Call, network: _Network) -> int:
         """Bytes of the pictures that the call holds at most: the input, the network's output, the result."""

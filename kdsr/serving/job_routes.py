@@ -2,8 +2,9 @@
 
 import asyncio
 import hashlib
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from kdsr import codecs
+from kdsr.codecs.sequences import MOST_FRAMES
 from kdsr.config import ServedJobsConfig
 from kdsr.errors import DataError, RequestError, StoreError
 from kdsr.serving import contract
-from kdsr.serving.bodies import RAW_TYPES, check_length, read_bytes, timely, too_long
+from kdsr.serving.bodies import RAW_TYPES, check_length, header_of, read_bytes, timely, too_long
 from kdsr.serving.contract import MEDIA_TYPES, Description
 from kdsr.serving.entrance import Entrance, idempotency_key, query_of
 from kdsr.serving.jobs import (
@@ -27,8 +29,9 @@ from kdsr.serving.jobs import (
     request_of,
 )
 from kdsr.serving.keys import Caller
+from kdsr.serving.pools import Answer, Arguments, Pool
 from kdsr.serving.problems import Problem, problem_of
-from kdsr.store import Store
+from kdsr.store import ObjectInfo
 
 MAX_UPLOADS = 4
 """Uploads that are on their way to this entrance's disk at once."""
@@ -43,21 +46,33 @@ class JobRoutes:
     def __init__(self, entrance: Entrance, jobs: ServedJobsConfig) -> None:
         self._entrance, self._jobs = entrance, jobs
         self._records: JobRecords = open_records(jobs, entrance.config.store)
+        # One at a time: the whole file is in memory meanwhile.
+        self._headers = Pool("headers of uploads", threads=1, most=MAX_UPLOADS)
         self._uploads = 0
 
     async def create(self, request: Request, caller: Caller) -> Response:
         """202 and where to ask."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         description = await self._entrance.backend.describe()
-        if await _stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
-            raise Problem("busy", f"{self._jobs.max_waiting} jobs of this key are not finished", 60)
+        given = idempotency_key(request)
+        id_ = job_id(caller.name, given)
+        if given is None or not await self._stored(self._records.is_there, id_):
+            await self._require_room(caller)
+        else:
+            # What was made already needs no room and costs nothing.
+            caller = Caller(caller.name)
         if kind == "application/json":
-            job = await self._from_places(request, caller, description)
+            job = await self._from_places(request, caller, description, id_)
         elif kind.startswith("image/") or kind in RAW_TYPES:
-            job = await self._from_upload(request, caller, description)
+            job = await self._from_upload(request, caller, description, id_)
         else:
             raise Problem("unsupported-media-type", f"Content-Type {kind[:60] or 'is missing'!r}: {HINT}")
         return _shown(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+
+    async def _require_room(self, caller: Caller) -> None:
+        """Raise Problem 429 when the caller has too many unfinished jobs."""
+        if await self._stored(self._records.num_open, caller.name) >= self._jobs.max_waiting:
+            raise Problem("busy", f"{self._jobs.max_waiting} jobs of this key are not finished", 60)
 
     async def show(self, request: Request, caller: Caller) -> Response:
         """How far it is."""
@@ -68,7 +83,7 @@ class JobRoutes:
         job = await self._get(request, caller)
         if job.state in ("done", "failed"):
             raise Problem("conflict", f"the job is {job.state} already")
-        await _stored(self._records.cancel, job.id)
+        await self._stored(self._records.cancel, job.id)
         return _shown(await self._get(request, caller), 200)
 
     async def result(self, request: Request, caller: Caller) -> Response:
@@ -78,34 +93,50 @@ class JobRoutes:
             raise Problem("not-found", "the results of this job are at its output")
         if job.state not in FINISHED:
             raise Problem("conflict", f"the job is {job.state}; ask again later", retry_after=2)
-        info = await _stored(self._records.result, job.id)
+        info = await self._stored(self._records.result, job.id)
         if info is None:
             raise Problem("not-found", "the job left no result; its message says why")
-        head = await _stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
+        head = await self._stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
         return StreamingResponse(
-            _parts(self._records.store, info.key, info.size),
+            self._parts(info),
             media_type=MEDIA_TYPES[codecs.identify(head)],
             headers={"Content-Length": str(info.size), "ETag": f'"{info.etag}"'},
         )
 
-    async def _get(self, request: Request, caller: Caller) -> Job:
-        return await _stored(self._records.get, request.path_params["id"], owner=caller.name)
+    async def _stored(
+        self, work: Callable[Arguments, Answer], *arguments: Arguments.args, **named: Arguments.kwargs
+    ) -> Answer:
+        """`work` with the store in a thread, with its errors as problems."""
+        try:
+            return await self._entrance.store_calls.run(work, *arguments, **named)
+        except (StoreError, RequestError) as error:
+            raise problem_of(error) from error
 
-    async def _from_places(self, request: Request, caller: Caller, description: Description) -> Job:
+    async def _parts(self, info: ObjectInfo) -> AsyncIterator[bytes]:
+        for start in range(0, info.size, CHUNK_BYTES):
+            yield await self._stored(self._records.store.get, info.key, start=start, length=CHUNK_BYTES)
+
+    async def _get(self, request: Request, caller: Caller) -> Job:
+        return await self._stored(self._records.get, request.path_params["id"], owner=caller.name)
+
+    async def _from_places(self, request: Request, caller: Caller, description: Description, id_: str) -> Job:
         content = _json(await read_bytes(request, MAX_REQUEST_BYTES, self._entrance.limits))
         include = content.pop("include", [])
-        if not isinstance(include, list) or not all(isinstance(pattern, str) for pattern in include):
+        if not isinstance(include, list) or not all(map(_is_text, include)):
             raise Problem("invalid-option", "include: expected a list of patterns")
         places = (
-            allowed_place(_text(content, "input"), self._jobs.inputs, what="input"),
-            allowed_place(_text(content, "output"), self._jobs.outputs, what="output"),
+            await self._place(_text(content, "input"), self._jobs.inputs, what="input"),
+            await self._place(_text(content, "output"), self._jobs.outputs, what="output"),
         )
         options = contract.read_options(query_of(request), content)
         wanted = request_of(options, description, owner=caller.name, places=places, include=tuple(include))
-        id_ = job_id(caller.name, idempotency_key(request))
-        return await _stored(self._records.create, id_, wanted)
+        return await self._stored(self._records.create, id_, wanted)
 
-    async def _from_upload(self, request: Request, caller: Caller, description: Description) -> Job:
+    async def _place(self, uri: str, allowed: tuple[str, ...], *, what: str) -> str:
+        """See `allowed_place`, which looks at the disk."""
+        return await self._stored(allowed_place, uri, allowed, what=what)
+
+    async def _from_upload(self, request: Request, caller: Caller, description: Description, id_: str) -> Job:
         options = contract.read_options(query_of(request))
         description.model(options.model)  # A wrong name costs nobody an upload.
         check_length(request.headers, self._jobs.max_upload_bytes)
@@ -115,14 +146,28 @@ class JobRoutes:
         try:
             with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
                 digest = await self._receive(request, file)
-                suffix = await asyncio.to_thread(_suffix, Path(file.name))
-                id_ = job_id(caller.name, idempotency_key(request))
-                await _stored(self._records.announce, id_, caller.name)
-                places = await _stored(self._records.put_upload, id_, digest[:32] + suffix, Path(file.name))
+                path = Path(file.name)
+                name = digest[:32] + await asyncio.to_thread(_suffix, path)
+                pixels = await self._pixels(path, options, description, caller)
+                with self._entrance.quotas.spent(caller, pixels):
+                    await self._stored(self._records.announce, id_, caller.name)
+                    places = await self._stored(self._records.put_upload, id_, name, path)
+                    wanted = request_of(
+                        options, description, owner=caller.name, places=places, upload_sha256=digest
+                    )
+                    return await self._stored(self._records.create, id_, wanted)
         finally:
             self._uploads -= 1
-        wanted = request_of(options, description, owner=caller.name, places=places, upload_sha256=digest)
-        return await _stored(self._records.create, id_, wanted)
+
+    async def _pixels(
+        self, path: Path, options: contract.Options, description: Description, caller: Caller
+    ) -> int:
+        """Output pixels of an upload by its header; 0 where there is no quota. Raises Problem."""
+        if caller.pixels_per_minute is None:
+            return 0
+        header = await self._headers.run(lambda: header_of(path.read_bytes(), MOST_FRAMES))
+        network = description.model(options.model).network_for(options.scale)
+        return contract.output_pixels(header, network, options.scale)
 
     async def _receive(self, request: Request, file: IO[bytes]) -> str:
         """The body into `file`; its sha256."""
@@ -141,14 +186,6 @@ class JobRoutes:
         return digest.hexdigest()
 
 
-async def _stored(work: Any, *arguments: Any, **named: Any) -> Any:
-    """`work` with the store in a thread, with its errors as problems."""
-    try:
-        return await asyncio.to_thread(work, *arguments, **named)
-    except (StoreError, RequestError) as error:
-        raise problem_of(error) from error
-
-
 def _shown(job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
     waiting = {} if job.state in FINISHED else {"Retry-After": "2"}
     return JSONResponse(
@@ -161,6 +198,11 @@ def _json(data: bytes) -> dict[str, Any]:
     if not {"input", "output"} <= content.keys():
         raise Problem("bad-request", HINT)
     return content
+
+
+def _is_text(value: Any) -> bool:
+    """JSON can escape halves of characters, which no name of a file or object has."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _text(content: dict[str, Any], name: str) -> str:
@@ -179,8 +221,3 @@ def _suffix(path: Path) -> str:
     except DataError as error:
         raise Problem("unsupported-media-type", str(error)) from None
     return ".heic" if kind == "heic" else codecs.suffix(kind)
-
-
-def _parts(store: Store, key: str, size: int) -> Iterator[bytes]:
-    for start in range(0, size, CHUNK_BYTES):
-        yield store.get(key, start=start, length=CHUNK_BYTES)

@@ -3,18 +3,21 @@
 Each fact is an object of its own with one writer: `JOB/request.json` by the entrance, `JOB/progress.json` and
 `JOB/outcome.json` by whoever runs the job, `JOB/cancelled` by whoever cancels it. `open/OWNER/JOB` marks what
 is not finished; it is made before anything else and deleted after the outcome. `ended/DAY/JOB` marks what is,
-so that it can be forgotten some day.
+so that it can be forgotten some day. `runner/` is the lease of whoever runs jobs.
 """
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from kdsr.config import (
     EncodeConfig,
@@ -24,14 +27,16 @@ from kdsr.config import (
     StoreConfig,
     UpscaleConfig,
 )
-from kdsr.errors import KeyExists, KeyNotFound
+from kdsr.errors import KeyExists, KeyNotFound, StoreError
 from kdsr.naming import is_junk
 from kdsr.provenance import now
 from kdsr.serving.contract import Description, Options
-from kdsr.serving.problems import Problem
+from kdsr.serving.problems import Problem, without_places
 from kdsr.spec import Frozen
 from kdsr.store import ObjectInfo, Store, open_store
 from kdsr.uris import absolute_uri
+
+logger = logging.getLogger("kdsr.serving")
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED = ("done", "failed", "cancelled")
@@ -96,6 +101,19 @@ class JobOutcome(Frozen):
     counts: JobCounts = JobCounts()
     failures: dict[str, str] = Field(default={})
     """The first ones, by key."""
+
+    def for_caller(self, request: JobRequest, records: str) -> "JobOutcome":
+        """Without places that whoever made the job did not name; `records` is the uri of theirs."""
+        keep = () if request.is_upload else (request.input, request.output)
+        known = (request.network, records)
+        return self.model_copy(
+            update={
+                "message": without_places(self.message, *known, keep=keep),
+                "failures": {
+                    key: without_places(cause, *known, keep=keep) for key, cause in self.failures.items()
+                },
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -168,15 +186,17 @@ class JobRecords:
             state = "cancelled"
         return Job(id_, request, state, progress or JobCounts(), None)
 
+    def is_there(self, id_: str) -> bool:
+        """Whether there is such a job, of anybody's."""
+        return self.store.exists(f"{id_}/request.json")
+
     def num_open(self, owner: str) -> int:
         """Jobs of `owner` that are not finished."""
-        return sum(1 for _ in self.store.list(f"open/{owner}/"))
+        return sum(1 for _ in self._marks(f"open/{owner}/"))
 
     def unfinished(self) -> Iterator[tuple[str, str]]:
         """(owner, id) of all jobs that are not finished."""
-        for info in self.store.list("open/"):
-            _, owner, id_ = info.key.split("/")
-            yield owner, id_
+        return self._marks("open/")
 
     def progress(self, id_: str, counts: JobCounts) -> None:
         """Write down how far it is."""
@@ -208,14 +228,14 @@ class JobRecords:
         """
         limit = (datetime.now(UTC) - timedelta(days=days)).date()
         forgotten = 0
-        for info in list(self.store.list("ended/")):
-            _, day, id_ = info.key.split("/")
-            if date.fromisoformat(day) >= limit:
+        for day, id_ in list(self._marks("ended/")):
+            ended = _date(day)
+            if ended is None or ended >= limit:
                 continue
-            if self._read(f"{id_}/outcome.json", JobOutcome) is not None:
+            if self.store.exists(f"{id_}/outcome.json"):
                 self._remove(id_)
                 forgotten += 1
-            self.store.delete(info.key)
+            self.store.delete(f"ended/{day}/{id_}")
         return forgotten
 
     def put_upload(self, id_: str, name: str, path: Path) -> tuple[str, str]:
@@ -240,15 +260,42 @@ class JobRecords:
     def _close(self, id_: str, owner: str) -> None:
         self.store.delete(f"open/{owner}/{id_}")
 
+    def _marks(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """(folder, id) of all marks below `prefix`; what else lies there is left alone."""
+        for info in self.store.list(prefix):
+            parts = info.key.split("/")
+            if len(parts) == 3 and _is_id(parts[2]):
+                yield parts[1], parts[2]
+            else:
+                _tell_of_stray(info.key)
+
     def _read(self, key: str, kind: type[Any]) -> Any:
+        """None where nothing is. Raises StoreError for what is damaged, or has fields of another version."""
         try:
             return kind.model_validate_json(self.store.get(key))
         except KeyNotFound:
             return None
+        except ValidationError:
+            raise StoreError(
+                f"{self.store.uri}/{key}: expected the fields of a {kind.__name__}, found others; it is "
+                f"damaged, or was written by another version of kdsr, which goes on with it"
+            ) from None
 
 
 def _bytes(record: Frozen) -> bytes:
     return record.model_dump_json(indent=2).encode()
+
+
+@cache
+def _tell_of_stray(key: str) -> None:
+    """Once for each."""
+    logger.warning("jobs: %s among the records is no mark of a job; it is left alone", key)
+
+
+def _date(day: str) -> date | None:
+    with suppress(ValueError):
+        return date.fromisoformat(day)
+    return None
 
 
 def _is_id(text: str) -> bool:

@@ -5,7 +5,8 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +126,16 @@ class Quotas:
                 retry_after=wait,
             )
         self._left[caller.name] = (left - pixels, now)
+
+    @contextmanager
+    def spent(self, caller: Caller, pixels: int) -> Iterator[None]:
+        """Count `pixels`, unless the block fails. Raises Problem 429 when they are not left."""
+        self.spend(caller, pixels)
+        try:
+            yield
+        except BaseException:
+            self.give_back(caller, pixels)
+            raise
 
     def give_back(self, caller: Caller, pixels: int) -> None:
         """Uncount `pixels` of a request that was refused after all."""

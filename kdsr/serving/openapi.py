@@ -196,7 +196,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "Upscale a prefix of images, or one large image, in the background",
         202,
         *("bad-request", "forbidden", "slow-body", "body-too-large", "unsupported-media-type"),
-        *("invalid-option", "reused-key", "busy", "loading"),
+        *("image-too-large", "invalid-image", "invalid-option", "reused-key", "busy", "quota", "loading"),
         parameters=_parameters(),
         requestBody=_JOB_BODY,
     ),

@@ -1,7 +1,8 @@
 """What goes wrong over HTTP, as RFC 9457 has it: a status, a kind for programs, a sentence for people."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,3 +101,23 @@ _NOT_THEIR_FAULT: dict[type[Exception], Problem] = {
 def is_expected(error: Exception) -> bool:
     """Whether it is not a fault of ours."""
     return isinstance(error, Problem | KdsrError | MemoryError)
+
+
+_PLACE = re.compile(
+    r"(?:file|s3|https?)://[^\s'\",;]*[^\s'\",;:.)]|(?<![\w./:-])/(?!v1/)(?:[^\s/'\",;:]+/)+[^\s'\",;:]*"
+)
+
+
+def without_places(text: str, *known: str, keep: Iterable[str] = ()) -> str:
+    """`text` for somebody who is not to know where things lie here; the log is to have it whole.
+
+    Uris and paths become `...`: those that are `known`, and whatever looks like one, but for `keep` and what
+    is below it.
+    """
+    for place in known:
+        text = text.replace(place, "...") if "/" in place else text
+    kept = [place.rstrip("/") for place in keep]
+    return _PLACE.sub(
+        lambda found: found[0] if any(f"{found[0]}/".startswith(f"{place}/") for place in kept) else "...",
+        text,
+    )

@@ -1,6 +1,9 @@
 """An image by its URL: from public addresses only, whatever names say and however often they change."""
 
+import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -148,6 +151,44 @@ def test_what_is_not_there_or_too_long_is_refused(site, path, kind):
     with pytest.raises(Problem) as refused:
         fetcher(site, Names(["127.0.0.1"])).get(f"http://example.org:{site.server_address[1]}{path}")
     assert refused.value.kind == kind
+
+
+def dripping(part, path):
+    """A server that never comes to the end of `part` of its answer, and its port."""
+    begin = {"head": b"HTTP/1.1 200 OK\r\nX: ", "body": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"}
+
+    def drip(place):
+        with place, suppress(OSError):
+            connection, _ = place.accept()
+            with connection:
+                connection.sendall(begin.get(part, b""))
+                while True:
+                    connection.sendall(b"\x16\x03\x03\x40\x00" if part == "handshake" else b"x")
+                    time.sleep(0.01)
+
+    place = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=drip, args=(place,), daemon=True).start()
+    return f"{'https' if part == 'handshake' else 'http'}://example.org:{place.getsockname()[1]}/{path}"
+
+
+@pytest.mark.parametrize("part", ["handshake", "head", "body"])
+def test_a_server_that_always_sends_a_little_is_broken_off(part):
+    url = dripping(part, "a")
+    ports = frozenset({int(url.rpartition(":")[2].partition("/")[0])})
+    names = Names(["127.0.0.1"])
+    with pytest.raises(Problem, match="in time"):
+        Fetcher(10**9, 0.3, names.resolve, names.is_allowed, ports).get(url)
+
+
+def test_a_name_that_took_all_of_the_time_is_not_connected_to(site):
+    def resolve(host, port):
+        time.sleep(0.05)
+        return ["127.0.0.1"]
+
+    port = site.server_address[1]
+    with pytest.raises(Problem, match="in time"):
+        Fetcher(1000, 0.01, resolve, lambda _: True, frozenset({port})).get(f"http://example.org:{port}/")
+    assert site.seen == []
 
 
 def test_a_server_that_fetches_refuses_its_own_machine(serve):

@@ -1,5 +1,7 @@
 """Jobs over HTTP and in their store; whoever runs them is played by the test."""
 
+import json
+
 import pytest
 
 from kdsr.errors import StoreError
@@ -127,6 +129,51 @@ def test_the_same_job_under_its_key_is_made_once_for_each_owner(client, places, 
     assert problem(other) == (422, "reused-key")
 
 
+@pytest.fixture
+def counted(serve, places):
+    """A client whose key A has 5000 output pixels a minute: 24 x 32 to x2 once, and not twice."""
+    keys = {"anna": KEYS["anna"] | {"pixels_per_minute": 5000}, "bert": KEYS["bert"]}
+    jobs = {"records": str(places / "records"), "inputs": [str(places)], "outputs": [str(places)]}
+    return serve(auth="keys", keys=keys, jobs=jobs).client
+
+
+def sent(client, key, **headers):
+    headers = key | {"Content-Type": "image/png"} | headers
+    return client.post("/v1/jobs?scale=2", content=encoded(24, 32), headers=headers)
+
+
+def test_an_image_that_is_sent_spends_the_quota_of_its_key(counted, places):
+    assert sent(counted, ANNA).status_code == 202
+    assert problem(sent(counted, ANNA)) == (429, "quota")
+    upscaled = counted.post(
+        "/v1/upscale?scale=2", content=encoded(24, 32), headers=ANNA | {"Content-Type": "image/png"}
+    )
+    assert problem(upscaled) == (429, "quota")
+    assert [sent(counted, BERT).status_code for _ in range(2)] == [202, 202]
+    assert counted.post("/v1/jobs", json=asked(places), headers=ANNA).status_code == 202
+
+
+def test_the_same_upload_under_its_key_costs_once(counted):
+    ids = [sent(counted, ANNA, **{"Idempotency-Key": "k"}).json()["id"] for _ in range(3)]
+    assert len(set(ids)) == 1
+
+
+def test_an_upload_that_becomes_no_job_costs_nothing(counted, monkeypatch):
+    def broken(*_, **__):
+        raise StoreError("the store is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "create", broken)
+        assert problem(sent(counted, ANNA)) == (503, "store-unavailable")
+    assert sent(counted, ANNA).status_code == 202
+
+
+def test_a_broken_upload_is_refused_where_its_pixels_are_counted(counted):
+    headers = ANNA | {"Content-Type": "image/png"}
+    answer = counted.post("/v1/jobs", content=encoded()[:20], headers=headers)
+    assert problem(answer) == (422, "invalid-image")
+
+
 def test_another_image_under_the_key_replaces_nothing(client, records):
     headers = ANNA | {"Idempotency-Key": "k1", "Content-Type": "image/png"}
     first = client.post("/v1/jobs", content=encoded(20, 20), headers=headers).json()
@@ -148,11 +195,17 @@ def test_another_image_under_the_key_replaces_nothing(client, records):
         ({"output": "file:///etc"}, (403, "forbidden")),
         ({"model": "none"}, (422, "invalid-option")),
         ({"include": "*.png"}, (422, "invalid-option")),
+        ({"include": ["\ud800"]}, (422, "invalid-option")),
+        ({"include": ["*.png", 5]}, (422, "invalid-option")),
+        ({"model": "\udfff"}, (422, "invalid-option")),
+        ({"input": "file:///\ud800"}, (422, "invalid-option")),
         ({"scael": 2}, (422, "invalid-option")),
     ],
 )
 def test_what_is_not_allowed_becomes_no_job(client, places, records, fields, expected):
-    assert problem(client.post("/v1/jobs", json=asked(places, **fields), headers=ANNA)) == expected
+    headers = ANNA | {"Content-Type": "application/json"}
+    answer = client.post("/v1/jobs", content=json.dumps(asked(places, **fields)), headers=headers)
+    assert problem(answer) == expected
     assert list(records.unfinished()) == []
 
 
@@ -187,6 +240,16 @@ def test_a_key_has_so_many_unfinished_jobs(serve, places):
     client = serve(jobs=jobs).client
     codes = [client.post("/v1/jobs", json=asked(places)).status_code for _ in range(3)]
     assert codes == [202, 202, 429]
+
+
+def test_a_job_that_is_made_already_is_told_whatever_else_waits(serve, places):
+    jobs = {"records": str(places / "r"), "inputs": [str(places)], "outputs": [str(places)], "max_waiting": 1}
+    client = serve(jobs=jobs).client
+    first, again, other = (
+        client.post("/v1/jobs", json=asked(places), headers={"Idempotency-Key": key}) for key in "aab"
+    )
+    assert (first.status_code, again.status_code, again.json()) == (202, 202, first.json())
+    assert problem(other) == (429, "busy")
 
 
 @pytest.mark.parametrize(

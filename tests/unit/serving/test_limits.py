@@ -79,11 +79,11 @@ def test_a_file_of_many_bytes_is_refused_by_what_it_announces_and_by_what_it_sen
 class Wire:
     """One request spoken message by message, as a server hands it over."""
 
-    def __init__(self, server, headers):
+    def __init__(self, server, headers, *, path="/v1/upscale", query=b"scale=4"):
         self.server, self.sent = server, []
         self.scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": ""}
         self.scope |= {"client": ("192.0.2.7", 5), "server": ("x", 80), "headers": headers}
-        self.scope |= {"method": "POST", "path": "/v1/upscale", "query_string": b"scale=4"}
+        self.scope |= {"method": "POST", "path": path, "query_string": query}
 
     async def send(self, message):
         self.sent.append(message)
@@ -134,6 +134,40 @@ def test_bodies_on_their_way_are_bounded_together(serve):
     entrance.waiting_bytes = 0
     picture_of(server.upscale(encoded()))
     assert entrance.waiting_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        ("0" * 18 + "100", (429, "busy")),
+        ("0" * 5000 + "100", (429, "busy")),
+        ("9" * 5000, (429, "busy")),
+        ("-1", (400, "bad-request")),
+        ("+5", (400, "bad-request")),
+        ("1_0", (400, "bad-request")),
+        ("", (400, "bad-request")),
+        ("\u00b2", (400, "bad-request")),
+    ],
+)
+def test_a_length_counts_however_it_is_written(serve, length, expected):
+    server = serve(limits={"max_body_bytes": 2**20, "max_waiting_bytes": 2**20})
+    server.app.state.entrance.waiting_bytes = 2**20 - 10
+    headers = [*IMAGE, (b"content-length", length.encode("latin-1"))]
+
+    async def receive():
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    assert Wire(server, headers).run(receive) == expected
+
+
+@pytest.mark.parametrize("length", ["0" * 20 + str(2**21), "9" * 19, "9" * 5000])
+def test_a_length_beyond_all_limits_is_too_long(serve, length):
+    async def receive():
+        raise AssertionError("the body is not asked for")
+
+    server = serve(limits={"max_body_bytes": 2**20})
+    headers = [*IMAGE, (b"content-length", length.encode())]
+    assert Wire(server, headers).run(receive) == (413, "body-too-large")
 
 
 def test_what_a_replica_holds_is_bounded_and_others_are_told_when_to_come(serve):
@@ -201,7 +235,7 @@ def test_an_error_of_ours_is_in_the_log_and_not_in_the_answer(server, caplog, mo
     def broken(*_):
         raise ZeroDivisionError("a secret of ours")
 
-    monkeypatch.setattr("kdsr.serving.app._inspect", broken)
+    monkeypatch.setattr("kdsr.serving.app.inspected", broken)
     with caplog.at_level(logging.ERROR, logger="kdsr.serving"):
         answer = server.upscale(encoded(), X_Request_Id="me-1")
     assert problem(answer) == (500, "internal")
@@ -221,6 +255,16 @@ def test_an_error_in_a_replica_fails_its_own_request_alone(server, caplog, monke
 @pytest.mark.parametrize("path", ["/v1", "/v1/upscale/", "/v1/../etc/passwd", "/v1/upscale%00"])
 def test_unknown_paths_are_problems_too(server, path):
     assert problem(server.client.get(path))[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/none", (404, "not-found")), ("/v1/upscale", (422, "invalid-option"))]
+)
+def test_a_query_of_bytes_that_are_no_text_is_no_fault_of_ours(server, path, expected):
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    assert Wire(server, IMAGE, path=path, query=b"scale=\xff").run(receive) == expected
 
 
 def test_another_method_is_told_which_are_known(server):

@@ -1,9 +1,15 @@
 """Models are added and replaced while others serve, and a bad one changes nothing."""
 
+import asyncio
+import threading
+import time
+
 import pytest
 
+from cluster.serve import Replica
 from kdsr.config import ServeConfig
 from kdsr.errors import KdsrError, RequestError
+from kdsr.serving.contract import Description
 from kdsr.serving.host import check_table
 from tests.small_server import encoded, picture_of, problem, save_tiny
 
@@ -53,17 +59,114 @@ def test_a_bad_model_leaves_the_old_one_serving(server, tmp_path, tiny_models, f
     assert list(server.client.get("/v1/models").json()["failures"]) == ["tiny"]
 
 
-def test_a_call_for_a_network_that_was_just_replaced_may_be_sent_again(server, tiny_models):
-    description = server.host.describe()
-    server.host.load(table(tiny=[tiny_models[3]]))
+def test_when_no_new_model_can_be_loaded_the_old_ones_stay(server, tiny_models):
+    before = server.upscale(encoded()).content
+    assert list(server.host.load(table(other=[f"{tiny_models[3]}-none"]))) == ["other"]
+    assert server.upscale(encoded()).content == before
+    content = server.client.get("/v1/models").json()
+    assert ([model["name"] for model in content["models"]], list(content["failures"])) == (
+        ["tiny"],
+        ["other"],
+    )
 
-    async def stale():
+
+def test_callers_are_not_told_where_models_lie_and_the_log_is(server, tmp_path, caplog):
+    cause = server.host.load(table(tiny=[f"{tmp_path}/a b/none"]))["tiny"]
+    assert str(tmp_path) in cause and cause in caplog.text
+    answer = server.client.get("/v1/models")
+    assert "no card.json at ..." in answer.json()["failures"]["tiny"]
+    assert str(tmp_path) not in answer.text and "a b" not in answer.text
+
+
+def test_without_any_model_there_is_a_reason_to_come_again(server):
+    empty = Description((), {}, 0, 0, 0.0)
+
+    async def describe():
+        return empty
+
+    server.backend.describe = describe
+    answer = server.upscale(encoded())
+    assert problem(answer) == (503, "loading")
+    assert answer.headers["retry-after"] == "2"
+
+
+def replica(*uris):
+    """The config of a first load, and a replica that has none yet."""
+    config = ServeConfig.model_validate({"models": {"tiny": uris[:1], "other": uris[1:]}, "auth": "none"})
+    return Replica(config.model_dump(mode="json", exclude={"models"}), 1), config.model_dump(mode="json")
+
+
+def test_a_replica_starts_with_all_of_its_models_or_not_at_all(tiny_models, monkeypatch):
+    monkeypatch.setattr("cluster.serve._log_to_stderr", lambda: None)
+    bad, config = replica(tiny_models[2], f"{tiny_models[3]}-none")
+    with pytest.raises(KdsrError, match="model other"):
+        asyncio.run(bad.reconfigure({"models": config["models"]}))
+    good, whole = replica(tiny_models[2], tiny_models[3])
+    asyncio.run(good.reconfigure({"models": whole["models"]}))
+    asyncio.run(good.reconfigure({"models": config["models"]}))  # The next one leaves what was there.
+    assert {model.name for model in asyncio.run(good.describe()).models} == {"tiny", "other"}
+    bad._host.close()
+    good._host.close()
+
+
+def stale(server):
+    """An entrance that has not heard of any replacement from now on."""
+    description = server.host.describe()
+
+    async def describe():
         return description
 
-    server.backend.describe = stale
+    server.backend.describe = describe
+
+
+def test_a_network_that_was_just_replaced_answers_whoever_was_told_of_it(server, tiny_models):
+    before = server.upscale(encoded()).content
+    stale(server)
+    server.host.load(table(tiny=[tiny_models[3]]))
+    assert server.upscale(encoded()).content == before
+    server.host.load(table(tiny=[tiny_models[3]]))
+    assert server.upscale(encoded()).content == before
+
+
+def test_a_network_that_was_replaced_long_ago_is_held_no_more(server, tiny_models, monkeypatch):
+    monkeypatch.setattr("kdsr.serving.host.LEAVE_SECONDS", 0.01)
+    stale(server)
+    server.host.load(table(tiny=[tiny_models[3]]))
+    end = time.monotonic() + 60
+    while server.host._leaving:
+        assert time.monotonic() < end
+        time.sleep(0.005)
     answer = server.upscale(encoded())
     assert problem(answer) == (503, "loading")
     assert answer.headers["retry-after"] == "1"
+
+
+def test_a_network_that_comes_back_stays(server, tiny_models):
+    before = dict(server.host._networks)
+    server.host.load(table(tiny=[tiny_models[3]]))
+    server.host.load(table(tiny=[tiny_models[2], tiny_models[4]]))
+    assert all(server.host._networks[sha256] is network for sha256, network in before.items())
+    assert not before.keys() & server.host._leaving.keys()
+
+
+def test_models_that_are_replaced_under_load_fail_no_request(server, tiny_models):
+    statuses, stop = [], threading.Event()
+
+    def call():
+        while not stop.is_set():
+            statuses.append(server.upscale(encoded()).status_code)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    for scale in (3, 2, 4, 3):
+        seen = len(statuses)
+        server.host.load(table(tiny=[tiny_models[scale]]))
+        end = time.monotonic() + 60
+        while len(statuses) < seen + 3 and time.monotonic() < end:
+            time.sleep(0.005)
+    stop.set()
+    thread.join(60)
+    assert len(statuses) >= 12 and set(statuses) == {200}
 
 
 def test_a_table_is_checked_before_anything_starts(tiny_models):

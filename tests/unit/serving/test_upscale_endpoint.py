@@ -90,6 +90,15 @@ def test_an_answer_tells_how_it_came_to_be(server):
     assert len(answer.headers["x-request-id"]) == 32
 
 
+def test_an_etag_is_another_for_whatever_changes_the_bytes(serve):
+    def etag(query="?scale=2", *, width=32, **fields):
+        return serve(**fields).upscale(encoded(24, width), query=query).headers["etag"]
+
+    assert etag() == etag()
+    others = [etag("?scale=4"), etag("?scale=2&format=webp"), etag(width=20), etag(tile_size=16)]
+    assert len({etag(), *others}) == 5
+
+
 def test_the_network_is_the_smallest_that_reaches_the_scale(server):
     expected = {1.5: "tiny-x2", 2: "tiny-x2", 3: "tiny-x4", 6: "tiny-x4"}
     answers = {scale: server.upscale(encoded(), query=f"?scale={scale}") for scale in expected}

@@ -1,0 +1,34 @@
+"""What bench/soak.py takes for a finding."""
+
+import pytest
+
+from bench.serving.load import Answers
+from bench.soak import Memory
+
+
+def memory(*, minutes, slope):
+    """Of a replica that grew by `slope` MB an hour after a jump at the beginning."""
+    seen = []
+    for second in range(0, int(60 * minutes), 2):
+        warm = min(second / (6 * minutes), 1.0)
+        seen.append((float(second), {"replica": warm * 500 + slope * second / 3600, "proxy": 100.0}))
+    return Memory(server=None, seen=seen)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "slope", "is_leak"),
+    [(20, 600, True), (20, 400, False), (20, 0, False), (5, 5000, False), (0.05, 5000, False)],
+)
+def test_only_what_clearly_grows_is_a_leak(minutes, slope, is_leak):
+    assert (memory(minutes=minutes, slope=slope).leak() is not None) == is_leak
+
+
+def test_a_slope_is_that_of_what_comes_after_the_beginning():
+    found = memory(minutes=20, slope=600).slopes()
+    assert found == pytest.approx({"replica": 600, "proxy": 0, "all": 600}, abs=1e-6)
+
+
+def test_a_worker_that_was_lost_is_no_refusal_where_nobody_killed_one():
+    answers = Answers({"200": 5, "429": 3, "503": 2, "504": 1}, 1, 1.0, 1.0, None, None, None, None)
+    row = answers.row()
+    assert (row["answered"], row["refused"], row["failed"]) == (5, 4, 3)
