@@ -73,6 +73,65 @@ def test_a_term_that_pulls_the_other_way_is_left_out(pair):
 
 
 def test_gradients_are_looked_at_as_often_as_was_asked_for(pair, monkeypatch):
+class Aside(nn.Module):
+    """As far from the student as HR is, times `distance`: below zero on the other side."""
+
+    def __init__(self, student, hr):
+        super().__init__()
+        self._student, self._hr, self.distance = [student], hr, 1.0
+
+    def forward(self, lr):
+        with torch.no_grad():
+            sr = self._student[0](lr)
+        return sr + self.distance * (self._hr - sr)
+
+
+@pytest.fixture
+def aside(pair):
+    """A student, a pair and a teacher beside them, all so near to mid-grey that nothing is clamped."""
+    student = net()
+    with torch.no_grad():
+        student.body[-2].weight.mul_(0.1)
+        student.body[-2].bias.fill_(0.5)
+    pair = replace(pair, hr=0.45 + 0.1 * pair.hr)
+    return student, pair, Aside(student, pair.hr)
+
+
+@pytest.mark.parametrize(
+    ("distances", "factors"),
+    [
+        ([1, -1, 1], [0.3, 0, 0.3]),
+        # Half as far is a gradient half as long, and twice the factor: in the mean although the gate is shut.
+        ([1, -0.5, 1], [0.3, 0, 0.3 * (0.7 * (0.7 + 0.3 * 2) + 0.3)]),
+    ],
+)
+def test_the_gate_shuts_at_once_and_gives_the_mean_factor_back_at_once(aside, distances, factors):
+    student, pair, teacher = aside
+    terms = [PixelTerm(loss="mse"), OutputTerm(loss="mse")]
+    balance = GradientBalance(share=0.3, memory=0.7, every_steps=2)
+    objective = build_objective(student, terms, teacher=teacher, balance=balance)
+    found, values = [], []
+    for distance in distances:
+        teacher.distance = distance
+        for _ in range(balance.every_steps):
+            values.append(objective(pair)["output_mse"].item())
+            found.append(objective.after_step()["weight/output_mse"])
+    assert found[::2] == found[1::2] == pytest.approx(factors, rel=1e-3)
+    assert [value == 0 for value in values] == [False, False, True, True, False, False]
+
+
+def test_a_term_without_a_gradient_tells_no_factor_and_is_looked_at_again(aside):
+    student, pair, teacher = aside
+    balance = GradientBalance(share=0.3, gate=False)
+    objective = build_objective(student, [PixelTerm(), OutputTerm()], teacher=teacher, balance=balance)
+    found = []
+    for distance in (0, 1):
+        teacher.distance = distance
+        objective(pair)
+        found.append(objective.after_step()["weight/output_l1"])
+    assert found == pytest.approx([1, 0.3], rel=1e-3)
+
+
     looks = []
     original = ByGradient._look
     monkeypatch.setattr(ByGradient, "_look", lambda self, *args: looks.append(1) or original(self, *args))
@@ -100,7 +159,22 @@ def test_the_state_of_a_balancer_goes_on(pair):
     first(pair)
     second = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
     second.load_state_dict(first.state_dict())
-    assert second.balancer.factors() == first.balancer.factors() != {}
+    assert second.balancer.factors() == first.balancer.factors()
+    assert second.balancer.factors()["output_l1"] == 0 < second.balancer.factors()["output_mse"]
+
+
+def test_a_state_with_the_gate_in_its_means_goes_on_with_new_ones(pair, caplog):
+    first, second = (
+        build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance(gate=False)) for _ in range(2)
+    )
+    first(pair)
+    older = first.state_dict()
+    older["balancer.found"] = 0.5 * older["balancer.found"]
+    del older["balancer.agrees"]
+    second.load_state_dict(older)
+    assert second.balancer.factors() == {} and "they are found anew" in caplog.text
+    second(pair)
+    assert second.balancer.factors() == pytest.approx(first.balancer.factors())
 
 
 def test_without_a_balancer_weights_are_those_that_were_asked_for(pair):
@@ -111,3 +185,4 @@ def test_without_a_balancer_weights_are_those_that_were_asked_for(pair):
         "weight/output_l1": 1,
         "weight/output_mse": 0.5,
     }
+    first.balancer.agrees.copy_(torch.tensor([False, True]))
