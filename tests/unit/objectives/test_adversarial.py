@@ -1,6 +1,8 @@
 """A student and its opponent: who moves whom, and that both come back from a checkpoint."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +23,21 @@ each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
 def term(**fields):
-    small = {"kind": "patch", "num_features": 8, "num_levels": 1}
-    return TypeAdapter(AdversarialTerm).validate_python({"discriminator": small, **fields})
+SMALL = {"kind": "patch", "num_features": 8, "num_levels": 1}
+STILL = {**SMALL, "spectral_norm": False}
+"""Moves with nothing but its own steps."""
+
+
+    return TypeAdapter(AdversarialTerm).validate_python({"discriminator": SMALL, **fields})
+
+
+def judge_of(objective):
+    (found,) = objective.terms.values()
+    return found.discriminator
+
+
+def weights_of(network):
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
 def start(terms, seed=0):
@@ -64,6 +79,38 @@ def test_the_student_is_pulled_and_the_discriminator_moves_only_in_its_own_step(
 
 
 @each_loss
+@each_loss
+def test_the_student_learns_what_a_still_discriminator_takes_for_real(loss, pair):
+    state, objective = start([term(loss=loss, discriminator=STILL)])
+
+    @torch.no_grad()
+    def judged():
+        return judge_of(objective)(2 * state.model(pair.lr) - 1).mean().item()
+
+    before, judge = judged(), weights_of(judge_of(objective))
+    list(fit(state, objective, iter([(pair, Cursor())] * 10), until_step=10))
+    assert judged() > before + 0.01
+    assert all(torch.equal(judge[name], now) for name, now in weights_of(judge_of(objective)).items())
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_noise_is_on_all_that_is_judged_and_fades_to_none(progress, pair):
+    state, objective = start([term(noise=0.2, discriminator=STILL)])
+    seen = []
+    judge_of(objective).register_forward_pre_hook(lambda _, images: seen.append(images[0].detach()))
+    objective(replace(pair, progress=progress))
+    objective.after_step()
+    with torch.no_grad():
+        sr = state.model(pair.lr)
+    # For the student, then the real ones and the student's for the discriminator.
+    noise = [judged - (2 * images - 1) for judged, images in zip(seen, (sr, pair.hr, sr), strict=True)]
+    for added in noise:
+        # Pictures are judged in -1..1, which is twice the range that the term counts in.
+        assert added.std().item() == pytest.approx(2 * 0.2 * (1 - progress), rel=0.05, abs=1e-6)
+        assert abs(added.mean().item()) < 0.02
+    assert torch.equal(noise[0], noise[2]) == (progress == 1)
+
+
 def test_against_a_student_that_stands_still_the_discriminator_learns_to_tell(loss, pair):
     _, objective = start([term(loss=loss, learning_rate=2e-3)])
     told = []
