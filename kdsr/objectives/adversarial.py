@@ -4,6 +4,7 @@ Sources: Goodfellow et al., NeurIPS 2014 (non-saturating); Lim and Ye, 2017 (hin
 2019, and Wang et al., ESRGAN, ECCVW 2018 (relativistic); Mescheder et al., ICML 2018 (R1).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdsr.errors import NonFiniteLoss
 from kdsr.models.discriminators import build_discriminator
-from kdsr.objectives.step import Parts, Step, Term
+from kdsr.objectives.step import Parts, Step, Term, gradient_norm
 from kdsr.terms import AdversarialTerm
 
 BETAS = (0.0, 0.99)
@@ -43,7 +45,7 @@ class AdversarialDistance(Term):
             return relativistic(fake, real)
 
     def after_step(self, steps: Sequence[Step]) -> dict[str, float]:
-        """One step of the discriminator; returns its loss, and how often it was right."""
+        """One step of the discriminator; returns its loss, and how often it was right. See `Term`."""
         told = {"discriminator": 0.0, "told_apart": 0.0}
         whole = sum(step.pair.weight for step in steps)
         self.discriminator.requires_grad_(True)
@@ -52,6 +54,7 @@ class AdversarialDistance(Term):
                 for name, value in self._learn(step).items():
                     told[name] += value * step.pair.weight / whole
             self._share_gradients()
+            self._require_finite(told["discriminator"])
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         finally:
@@ -59,6 +62,13 @@ class AdversarialDistance(Term):
         return told
 
     def _learn(self, step: Step) -> dict[str, float]:
+    def _require_finite(self, loss: float) -> None:
+        name = f"the discriminator's {self._config.loss} loss"
+        gradient = gradient_norm(self.discriminator.parameters())
+        for what, value in ((name, loss), (f"the gradient of {name}", gradient)):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(f"{what} is {value}")
+
         """Add what one batch asks of the discriminator to its gradients."""
         with torch.autocast(step.sr.device.type, enabled=False):
             real_images = self._real(step).clone().requires_grad_(self._config.r1 > 0)

@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from kdsr.config import OptimizerConfig
+from kdsr.errors import NonFiniteLoss
 from kdsr.fit import fit, new_state
 from kdsr.models import build_model
 from kdsr.objectives import build_objective, needs_teacher
@@ -22,12 +23,12 @@ LOSSES = ["non_saturating", "hinge", "relativistic"]
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-def term(**fields):
 SMALL = {"kind": "patch", "num_features": 8, "num_levels": 1}
 STILL = {**SMALL, "spectral_norm": False}
 """Moves with nothing but its own steps."""
 
 
+def term(**fields):
     return TypeAdapter(AdversarialTerm).validate_python({"discriminator": SMALL, **fields})
 
 
@@ -79,7 +80,6 @@ def test_the_student_is_pulled_and_the_discriminator_moves_only_in_its_own_step(
 
 
 @each_loss
-@each_loss
 def test_the_student_learns_what_a_still_discriminator_takes_for_real(loss, pair):
     state, objective = start([term(loss=loss, discriminator=STILL)])
 
@@ -111,6 +111,7 @@ def test_noise_is_on_all_that_is_judged_and_fades_to_none(progress, pair):
     assert torch.equal(noise[0], noise[2]) == (progress == 1)
 
 
+@each_loss
 def test_against_a_student_that_stands_still_the_discriminator_learns_to_tell(loss, pair):
     _, objective = start([term(loss=loss, learning_rate=2e-3)])
     told = []
@@ -153,6 +154,44 @@ def test_both_go_on_from_a_saved_state(pair):
     for mine, theirs in ((second.model, whole.model), (second.auxiliary, whole.auxiliary)):
         pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def last_of_two(state, objective, second, first):
+    """Reports of two steps, the first of which is done."""
+    batches = iter([(first, Cursor(1)), (second, Cursor(2))])
+    reports = fit(state, objective, batches, until_step=2, after_step=objective.after_step)
+    next(reports)
+    return reports
+
+
+@pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
+def test_a_discriminator_learns_nothing_from_a_loss_that_is_not_finite(loss, pair):
+    """Relativistic losses of the student look at HR too, and are refused before."""
+    state, objective = start([term(loss=loss)])
+    reports = last_of_two(state, objective, replace(pair, hr=pair.hr * math.nan), pair)
+    before = weights_of(judge_of(objective))
+    words = rf"step 2: the discriminator's {loss} loss is nan for batch 2 of the data; .*of another name"
+    with pytest.raises(NonFiniteLoss, match=words):
+        next(reports)
+    assert all(torch.equal(before[name], now) for name, now in weights_of(judge_of(objective)).items())
+
+
+def test_a_discriminator_learns_nothing_from_a_gradient_that_is_not_finite(pair):
+    state, objective = start([term()])
+    reports = last_of_two(state, objective, pair, pair)
+    before = weights_of(judge_of(objective))
+
+    def steep(judge, _inputs, logits):
+        learns = next(judge.parameters()).requires_grad
+        # sqrt is finite at 0 and its derivative is not.
+        return logits + (logits - logits.detach()).abs().sqrt() if learns else logits
+
+    judge_of(objective).register_forward_hook(steep)
+    with pytest.raises(
+        NonFiniteLoss, match="step 2: the gradient of the discriminator's .* loss is nan for batch 2"
+    ):
+        next(reports)
+    assert all(torch.equal(before[name], now) for name, now in weights_of(judge_of(objective)).items())
 
 
 def test_only_a_term_against_the_teacher_needs_one_and_teachers_are_trained_against_hr():
