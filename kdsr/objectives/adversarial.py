@@ -59,9 +59,9 @@ class AdversarialDistance(Term):
             self._optimizer.zero_grad(set_to_none=True)
         finally:
             self.discriminator.requires_grad_(False)
+        self._share_buffers()
         return told
 
-    def _learn(self, step: Step) -> dict[str, float]:
     def _require_finite(self, loss: float) -> None:
         name = f"the discriminator's {self._config.loss} loss"
         gradient = gradient_norm(self.discriminator.parameters())
@@ -69,6 +69,7 @@ class AdversarialDistance(Term):
             if not math.isfinite(value):
                 raise NonFiniteLoss(f"{what} is {value}")
 
+    def _learn(self, step: Step) -> dict[str, float]:
         """Add what one batch asks of the discriminator to its gradients."""
         with torch.autocast(step.sr.device.type, enabled=False):
             real_images = self._real(step).clone().requires_grad_(self._config.r1 > 0)
@@ -103,12 +104,18 @@ class AdversarialDistance(Term):
 
     def _share_gradients(self) -> None:
         """The mean over all workers, whose discriminators then stay alike."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _has_peers():
             return
         for parameter in self.discriminator.parameters():
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= torch.distributed.get_world_size()
+
+    def _share_buffers(self) -> None:
+        """Those of the first worker, which are saved: spectral norms come nearer with every micro-batch."""
+        if _has_peers():
+            for buffer in self.discriminator.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The discriminator's optimiser."""
@@ -117,6 +124,10 @@ class AdversarialDistance(Term):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_extra_state` gave."""
         self._optimizer.load_state_dict(state)
+
+
+def _has_peers() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def relativistic(better: Tensor, worse: Tensor) -> Tensor:
