@@ -1,5 +1,6 @@
 """What the balancers multiply terms by, and what they report."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from kdsr.config import OptimizerConfig
 from kdsr.fit import fit, new_state
 from kdsr.models import build_model
 from kdsr.objectives import build_objective
-from kdsr.objectives.balance import ByGradient
+from kdsr.objectives.balance import ByGradient, build_balancer
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EspcnSpec
 from kdsr.terms import GradientBalance, OutputTerm, PixelTerm, UncertaintyBalance
@@ -72,7 +73,6 @@ def test_a_term_that_pulls_the_other_way_is_left_out(pair):
     assert weights(Same(), GradientBalance(share=0.25))["weight/output_l1"] == pytest.approx(0.25, rel=1e-3)
 
 
-def test_gradients_are_looked_at_as_often_as_was_asked_for(pair, monkeypatch):
 class Aside(nn.Module):
     """As far from the student as HR is, times `distance`: below zero on the other side."""
 
@@ -132,6 +132,7 @@ def test_a_term_without_a_gradient_tells_no_factor_and_is_looked_at_again(aside)
     assert found == pytest.approx([1, 0.3], rel=1e-3)
 
 
+def test_gradients_are_looked_at_as_often_as_was_asked_for(pair, monkeypatch):
     looks = []
     original = ByGradient._look
     monkeypatch.setattr(ByGradient, "_look", lambda self, *args: looks.append(1) or original(self, *args))
@@ -154,9 +155,27 @@ def test_uncertainty_learns_to_trust_what_is_easy(pair):
     assert told["weight/output_mse"] / 0.5 > told["weight/pixel_l1"] > 1
 
 
+def test_uncertainty_is_the_log_density_of_laplace_without_its_constant():
+    names, spreads = ["pixel_l1", "output_l1", "output_mse"], torch.tensor([0.5, 2.0, 4.0])
+    balancer = build_balancer(UncertaintyBalance(), net(), pixel=names[:1], others=names[1:])
+    values, weights = torch.tensor([0.2, 0.7, 3.0]), [1.0, 2.0, 0.5]
+    with torch.no_grad():
+        balancer.log_spreads.copy_(spreads.log())
+    given = dict(zip(names, values, strict=True)), dict(zip(names, weights, strict=True))
+    density = torch.distributions.Laplace(0, spreads).log_prob(values) + math.log(2)
+    expected = [-weight * density[place].item() for place, weight in enumerate(weights)]
+    assert [value.item() for value in balancer(*given).values()] == pytest.approx(expected)
+    assert list(balancer.factors().values()) == pytest.approx([2, 0.5, 0.25])
+    with torch.no_grad():
+        balancer.log_spreads.copy_(values.log())  # a loss of its own size is where it comes to rest
+    sum(balancer(*given).values()).backward()
+    assert balancer.log_spreads.grad.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
 def test_the_state_of_a_balancer_goes_on(pair):
     first = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
     first(pair)
+    first.balancer.agrees.copy_(torch.tensor([False, True]))
     second = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
     second.load_state_dict(first.state_dict())
     assert second.balancer.factors() == first.balancer.factors()
@@ -185,4 +204,3 @@ def test_without_a_balancer_weights_are_those_that_were_asked_for(pair):
         "weight/output_l1": 1,
         "weight/output_mse": 0.5,
     }
-    first.balancer.agrees.copy_(torch.tensor([False, True]))
