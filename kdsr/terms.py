@@ -116,19 +116,20 @@ class VariationalTerm(TappedTerm):
 
 
 class CriticTerm(TappedTerm):
-    """Bound on the mutual information by a critic that tells pairs from strangers; the student helps it.
+    """Bound that a critic raises by telling pairs of places from strangers; the student helps it.
 
     Sources: Hjelm et al., Deep InfoMax, ICLR 2019 (Jensen-Shannon); van den Oord et al., 2018 (InfoNCE).
     """
 
     kind: Literal["critic"] = "critic"
     bound: Literal["jensen_shannon", "info_nce"] = "info_nce"
+    """Of the mutual information, or of twice the Jensen-Shannon divergence less log 4; both in nats."""
     num_embedded: int = Field(default=32, ge=2)
     """Width in which features of both are compared."""
     positions: int = Field(default=8, ge=1)
     """Places that are drawn in each image; the features of all others in the batch are the negatives."""
     temperature: float = Field(default=0.1, gt=0)
-    """Of InfoNCE."""
+    """Of either bound: cosines of embedded features, divided by it, are the scores."""
 
 
 class ContrastiveTerm(TermConfig):
