@@ -231,6 +231,9 @@ class DataConfig(Frozen):
     degradation: Degradation = BicubicDegradation()
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Frozen):
     """Adam or AdamW, linear warm-up, cosine decay, EMA of the weights."""
 
@@ -238,7 +241,8 @@ class OptimizerConfig(Frozen):
     learning_rate: float = Field(default=1e-3, gt=0)
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """How much of the means of the gradient, and of its square, is kept each step."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Pull of kernels and matrices to zero: apart from the gradient with adamw, as part of it with adam.
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from kdsr.errors import NonFiniteLoss
 from kdsr.memory import gathered, is_sharded, parted, parted_optimizer, whole
 from kdsr.models import SrModel, build_model
 from kdsr.objectives import Losses
+from kdsr.objectives.step import gradient_norm
 from kdsr.pairs import Cursor, PairBatch, mixed_seed
 
 log = logging.getLogger(__name__)
@@ -70,8 +71,7 @@ class TrainState:
 
         They never decay.
         """
-        parameters = [parameter for parameter in auxiliary.parameters() if parameter.requires_grad]
-        if parameters:
+        if parameters := _learning(auxiliary):
             self.optimizer.add_param_group({"params": parameters})
         self.auxiliary = auxiliary
 
@@ -182,9 +182,11 @@ def fit(
     weights have moved, and what it returns is reported. A batch of more than `micro_batch` patches passes in
     near-equal parts whose gradients add up to those of the whole, but for what a term draws, and what it
     compares over a batch; all but the last part pass within `apart`, where workers need not share gradients.
-    Raises NonFiniteLoss, before the weights are touched, when a term or the gradient is NaN or infinite.
+    Raises NonFiniteLoss, before the weights are touched, when a term or a gradient is NaN or infinite, and
+    when `after_step` does, before those that it moves are, with its words in the same sentence.
     """
-    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    parameters = _learning(state.model)
+    beside = [] if state.auxiliary is None else _learning(state.auxiliary)
     while state.step < until_step:
         begin = time.perf_counter()
         torch.manual_seed(mixed_seed(seed, state.step))
@@ -202,14 +204,19 @@ def fit(
                     values[name] = values.get(name, 0.0) + value * len(part) / len(pair)
                 (torch.stack(list(losses.values())).sum() * part.weight).backward()
         norm = _clip(parameters, state.config.clip_norm)
-        if not math.isfinite(norm):
-            _refuse("the gradient", norm, step=state.step + 1, cursor=cursor)
+        norms = {"the gradient": norm, "the gradient beside the network": gradient_norm(beside)}
+        for what, found in norms.items():
+            if not math.isfinite(found):
+                _refuse(f"{what} is {found}", step=state.step + 1, cursor=cursor)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.cursor = cursor
         _update_ema(state)
-        details = after_step()
+        try:
+            details = after_step()
+        except NonFiniteLoss as error:
+            _refuse(str(error), step=state.step, cursor=cursor)
         yield StepReport(
             step=state.step,
             losses=values,
@@ -231,6 +238,10 @@ def learning_rate_at(config: OptimizerConfig, *, step: int, num_steps: int) -> f
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
 
 
+def _learning(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def _set_learning_rate(state: TrainState) -> float:
     rate = learning_rate_at(state.config, step=state.step, num_steps=state.num_steps)
     for group in state.optimizer.param_groups:
@@ -242,15 +253,16 @@ def _finite_values(losses: Losses, *, step: int, cursor: Cursor) -> dict[str, fl
     values = {name: loss.item() for name, loss in losses.items()}
     for name, value in values.items():
         if not math.isfinite(value):
-            _refuse(f"term {name}", value, step=step, cursor=cursor)
+            _refuse(f"term {name} is {value}", step=step, cursor=cursor)
     return values
 
 
-def _refuse(what: str, value: float, *, step: int, cursor: Cursor) -> None:
+def _refuse(what: str, *, step: int, cursor: Cursor) -> NoReturn:
     raise NonFiniteLoss(
-        f"step {step}: {what} is {value} for batch {cursor.step} of the data; the last good checkpoint is "
-        f"kept. Lower optimizer.learning_rate, set optimizer.clip_norm, or use precision float32"
-    )
+        f"step {step}: {what} for batch {cursor.step} of the data; the last good checkpoint is kept. A run "
+        f"keeps its settings: begin one of another name with a lower optimizer.learning_rate (or that of the "
+        f"adversarial term), with optimizer.clip_norm, or with precision float32"
+    ) from None
 
 
 def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> float:

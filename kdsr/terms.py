@@ -116,19 +116,20 @@ class VariationalTerm(TappedTerm):
 
 
 class CriticTerm(TappedTerm):
-    """Bound on the mutual information by a critic that tells pairs from strangers; the student helps it.
+    """Bound that a critic raises by telling pairs of places from strangers; the student helps it.
 
     Sources: Hjelm et al., Deep InfoMax, ICLR 2019 (Jensen-Shannon); van den Oord et al., 2018 (InfoNCE).
     """
 
     kind: Literal["critic"] = "critic"
     bound: Literal["jensen_shannon", "info_nce"] = "info_nce"
+    """Of the mutual information, or of twice the Jensen-Shannon divergence less log 4; both in nats."""
     num_embedded: int = Field(default=32, ge=2)
     """Width in which features of both are compared."""
     positions: int = Field(default=8, ge=1)
     """Places that are drawn in each image; the features of all others in the batch are the negatives."""
     temperature: float = Field(default=0.1, gt=0)
-    """Of InfoNCE."""
+    """Of either bound: cosines of embedded features, divided by it, are the scores."""
 
 
 class ContrastiveTerm(TermConfig):
@@ -282,11 +283,11 @@ class GradientBalance(Frozen):
     share: float = Field(default=0.3, gt=0)
     """Norm of a term's gradient with weight 1, as a part of the norm of the pixel terms' together."""
     gate: bool = True
-    """Whether a term whose gradient points against that of the pixel terms is left out meanwhile."""
+    """Whether a term whose gradient points against that of the pixel terms counts 0 until the next look."""
     every_steps: int = Field(default=20, ge=1)
-    """How often gradients are looked at, term by term; each time costs a backward pass a term."""
+    """How often gradients are looked at, term by term; each look costs a backward pass a term."""
     memory: float = Field(default=0.7, ge=0, lt=1)
-    """How much of the last factors is kept each time."""
+    """How much of each mean factor is kept at a look; the gate is no part of the mean, and acts at once."""
 
 
 class UncertaintyBalance(Frozen):

@@ -4,6 +4,7 @@ Sources: Goodfellow et al., NeurIPS 2014 (non-saturating); Lim and Ye, 2017 (hin
 2019, and Wang et al., ESRGAN, ECCVW 2018 (relativistic); Mescheder et al., ICML 2018 (R1).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdsr.errors import NonFiniteLoss
 from kdsr.models.discriminators import build_discriminator
-from kdsr.objectives.step import Parts, Step, Term
+from kdsr.objectives.step import Parts, Step, Term, gradient_norm
 from kdsr.terms import AdversarialTerm
 
 BETAS = (0.0, 0.99)
@@ -43,7 +45,7 @@ class AdversarialDistance(Term):
             return relativistic(fake, real)
 
     def after_step(self, steps: Sequence[Step]) -> dict[str, float]:
-        """One step of the discriminator; returns its loss, and how often it was right."""
+        """One step of the discriminator; returns its loss, and how often it was right. See `Term`."""
         told = {"discriminator": 0.0, "told_apart": 0.0}
         whole = sum(step.pair.weight for step in steps)
         self.discriminator.requires_grad_(True)
@@ -52,11 +54,20 @@ class AdversarialDistance(Term):
                 for name, value in self._learn(step).items():
                     told[name] += value * step.pair.weight / whole
             self._share_gradients()
+            self._require_finite(told["discriminator"])
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         finally:
             self.discriminator.requires_grad_(False)
+        self._share_buffers()
         return told
+
+    def _require_finite(self, loss: float) -> None:
+        name = f"the discriminator's {self._config.loss} loss"
+        gradient = gradient_norm(self.discriminator.parameters())
+        for what, value in ((name, loss), (f"the gradient of {name}", gradient)):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(f"{what} is {value}")
 
     def _learn(self, step: Step) -> dict[str, float]:
         """Add what one batch asks of the discriminator to its gradients."""
@@ -93,12 +104,18 @@ class AdversarialDistance(Term):
 
     def _share_gradients(self) -> None:
         """The mean over all workers, whose discriminators then stay alike."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _has_peers():
             return
         for parameter in self.discriminator.parameters():
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= torch.distributed.get_world_size()
+
+    def _share_buffers(self) -> None:
+        """Those of the first worker, which are saved: spectral norms come nearer with every micro-batch."""
+        if _has_peers():
+            for buffer in self.discriminator.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The discriminator's optimiser."""
@@ -107,6 +124,10 @@ class AdversarialDistance(Term):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_extra_state` gave."""
         self._optimizer.load_state_dict(state)
+
+
+def _has_peers() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def relativistic(better: Tensor, worse: Tensor) -> Tensor:

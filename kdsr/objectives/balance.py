@@ -4,15 +4,19 @@ Sources: Chen et al., GradNorm, ICML 2018; Du et al., Adapting Auxiliary Losses 
 2018; Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018.
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from kdsr.terms import Balance, FixedBalance, GradientBalance, UncertaintyBalance
+
+log = logging.getLogger(__name__)
 
 TINY = 1e-12
 
@@ -54,6 +58,9 @@ class ByGradient(Balancer):
     """See `GradientBalance`. All workers find the same."""
 
     found: Tensor
+    """Mean over looks of what gives each term its share, whether it agreed or not; NaN before the first."""
+    agrees: Tensor
+    """Whether the gate was open to each term at the last look."""
     steps: Tensor
 
     def __init__(
@@ -63,7 +70,9 @@ class ByGradient(Balancer):
         self._config, self._pixel, self._others = config, tuple(pixel), tuple(others)
         self._student = [student]  # referred to, not owned
         self.register_buffer("found", torch.full((len(others),), torch.nan))
+        self.register_buffer("agrees", torch.ones(len(others), dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_forget_gated_means)
 
     def forward(
         self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float | None = 1.0
@@ -78,8 +87,8 @@ class ByGradient(Balancer):
 
     def factors(self) -> dict[str, float]:
         """See `Balancer`."""
-        pairs = zip(self._others, self.found.tolist(), strict=True)
-        return {name: factor for name, factor in pairs if not math.isnan(factor)}
+        told = zip(self._others, self.found.tolist(), self.agrees.tolist(), strict=True)
+        return {name: factor if agrees else 0.0 for name, factor, agrees in told if not math.isnan(factor)}
 
     def _is_new(self, values: Mapping[str, Tensor]) -> bool:
         """Whether a term takes part for the first time."""
@@ -94,11 +103,16 @@ class ByGradient(Balancer):
             if name not in values:
                 continue
             gradient = self._gradient(values[name], share)
-            factor = self._config.share * (reference.norm() / gradient.norm().clamp(min=TINY)).item()
-            if self._config.gate and torch.dot(reference, gradient) <= 0:
-                factor = 0.0
-            before, kept = float(self.found[place]), self._config.memory
-            self.found[place] = factor if math.isnan(before) else kept * before + (1 - kept) * factor
+            norm = gradient.norm().item()
+            if norm < TINY:  # nothing to compare: a term that is new is looked at again in the next step
+                continue
+            self.agrees[place] = not self._config.gate or bool(torch.dot(reference, gradient) > 0)
+            self._remember(place, self._config.share * reference.norm().item() / norm)
+
+    def _remember(self, place: int, factor: float) -> None:
+        """Take what one look found into the mean; the gate is apart from it, and so acts at once."""
+        before, kept = float(self.found[place]), self._config.memory
+        self.found[place] = factor if math.isnan(before) else kept * before + (1 - kept) * factor
 
     def _gradient(self, value: Tensor, share: float) -> Tensor:
         """Of the student's parameters, in one row: the mean over all workers, as the optimiser sees it."""
@@ -116,6 +130,17 @@ class ByGradient(Balancer):
             torch.distributed.all_reduce(row)
             row = row[:-1] / row[-1]
         return row
+
+
+def _forget_gated_means(balancer: ByGradient, state: dict[str, Any], prefix: str, *_others: object) -> None:
+    """Let a state without `agrees` load: zeros of a shut gate are in its means, so they are found anew."""
+    if f"{prefix}found" not in state or f"{prefix}agrees" in state:
+        return
+    log.warning(
+        "the checkpoint has the gate of its gradient balance in the means of the factors: they are found anew"
+    )
+    state[f"{prefix}found"] = torch.full_like(state[f"{prefix}found"], torch.nan)
+    state[f"{prefix}agrees"] = torch.ones_like(balancer.agrees)
 
 
 class ByUncertainty(Balancer):

@@ -111,6 +111,10 @@ def info_nce(scores: Tensor) -> Tensor:
 
 
 def jensen_shannon(scores: Tensor) -> Tensor:
-    """The bound of the Jensen-Shannon kind, at most 0 (Nowozin et al., f-GAN, 2016; Hjelm et al., 2019)."""
+    """Lower bound of 2 JSD - log 4 in nats, at most 0, from scores (N, N), true pairs on the diagonal.
+
+    JSD is the Jensen-Shannon divergence of pairs and strangers, not the mutual information. Scores that tell
+    nothing apart give - log 4 (Nowozin et al., f-GAN, 2016; Hjelm et al., 2019).
+    """
     strangers = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     return -F.softplus(-scores.diagonal()).mean() - F.softplus(scores[strangers]).mean()

@@ -208,6 +208,12 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.float().clone()
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Of all gradients that there are, together: not finite when any of them is not."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, foreach=True).item()
+
+
 Wrap = Callable[[nn.Module], Callable[..., Tensor]]
 """Makes a network data-parallel."""
 
@@ -244,6 +250,7 @@ class Term(nn.Module, ABC):
         """Called when the weights have moved: for what learns on its own. Returns what is worth logging.
 
         `steps` are those of all micro-batches that moved them, of which the last still has its features.
+        Raises NonFiniteLoss, before anything has learned, for a loss or a gradient that is NaN or infinite.
         """
         del steps
         return {}

@@ -324,6 +324,15 @@ def test_a_term_that_could_teach_nothing_is_refused(term, words):
         DistillConfig.model_validate(run)
 
 
+@pytest.mark.parametrize(
+    ("betas", "place"), [((1.0, 0.99), 0), ((0.9, 1.0), 1), ((-0.1, 0.99), 0), ((0.9, float("nan")), 1)]
+)
+def test_the_means_of_an_optimizer_forget(betas, place):
+    TrainingConfig.model_validate({**RUN, "optimizer": {"betas": (0.0, 0.0)}})
+    with pytest.raises(ValidationError, match=rf"optimizer\.betas\.{place}\n"):
+        TrainingConfig.model_validate({**RUN, "optimizer": {"betas": betas}})
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
 def test_some_channels_are_left(dropout):
     with pytest.raises(ValidationError, match="dropout"):

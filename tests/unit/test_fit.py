@@ -223,7 +223,7 @@ def test_a_term_that_is_not_finite_stops_before_the_weights_are_touched(value):
 
     with pytest.raises(
         NonFiniteLoss,
-        match=rf"step 3: term output_mse is {value} .*batch 3 of the data; .*last good checkpoint",
+        match=rf"step 3: term output_mse is {value} .*batch 3 of the data; .*last good .* another name",
     ):
         run(state, until_step=5, objective=broken)
     assert same(before, weights(state.model)) and same(mean, weights(state.ema))
@@ -242,6 +242,19 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(clip
     with pytest.raises(NonFiniteLoss, match=r"step 1: the gradient is (nan|inf) .*batch 1 of the data;"):
         run(state, until_step=1, objective=steep)
     assert same(before, weights(state.model)) and state.step == 0
+
+
+def test_a_gradient_that_is_not_finite_beside_the_network_stops_before_anything_is_touched():
+    state, critic = state_of(), torch.nn.Linear(2, 2)
+    state.train_too(critic)
+    before, good = weights(state.model) | weights(critic), objective_of(state)
+
+    def steep(pair):
+        return good(pair) | {"critic": (critic.weight - critic.weight.detach()).abs().sqrt().sum()}
+
+    with pytest.raises(NonFiniteLoss, match=r"step 1: the gradient beside the network is nan .*batch 1"):
+        run(state, until_step=1, objective=steep)
+    assert same(before, weights(state.model) | weights(critic)) and state.step == 0
 
 
 # ---------------------------------------------------------------- going on

@@ -8,12 +8,14 @@ import torch
 from kdsr.checkpoint import StateStore, save_model
 from kdsr.config import DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
 from kdsr.models import build_model
+from kdsr.objectives import build_objective
+from kdsr.pairs import PairBatch
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, PatchDiscriminatorSpec
 from kdsr.store import open_store
 from kdsr.terms import AdversarialTerm, FeatureTerm, OutputTerm, PixelTerm, TapPair, UncertaintyBalance
 from kdsr.training import train
 from tests.pictures import photograph
-from tests.processes import train_over_processes
+from tests.processes import over_processes
 from tests.small_shards import row, write_set
 
 TAPS = (TapPair(student="body.1", teacher="trunk"),)
@@ -85,14 +87,45 @@ def alone(places, tmp_path_factory):
     return learned(output), logged_losses(output)
 
 
-@pytest.mark.parametrize(("num_workers", "micro_batch"), [(2, 2), (4, 1)])
-def test_workers_take_the_steps_of_one_with_all_patches(places, alone, tmp_path, num_workers, micro_batch):
-    """Four workers share six lanes unequally, and pass unequal numbers of micro-batches."""
-    config = config_for(places, tmp_path / "runs", num_steps=50, micro_batch=micro_batch)
-    train_over_processes(config, num_workers=num_workers, folder=tmp_path)
+def work(worker, config, folder):
+    """A whole run, and then a step of a discriminator alone: in the same processes, which start slowly."""
+    list(train(config, worker))
+    pass_unequally(worker, folder)
+
+
+def pass_unequally(worker, folder):
+    """Each worker passes a micro-batch more than the one before it."""
+    torch.manual_seed(0)
+    normed = AdversarialTerm(discriminator=DISCRIMINATOR.model_copy(update={"spectral_norm": True}))
+    objective = build_objective(build_model(EspcnSpec(scale=2, num_features=4)), [normed], scale=2)
+    pair = PairBatch(lr=torch.rand(1, 3, 8, 8), hr=torch.rand(1, 3, 16, 16))
+    for _ in range(1 + worker.rank):
+        objective(pair)
+    objective.after_step()
+    (term,) = objective.terms.values()
+    torch.save(term.discriminator.state_dict(), folder / f"{worker.rank}.pt")
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=["two", "four"])
+def together(request, places, tmp_path_factory):
+    """What workers leave. Four share six lanes unequally, and pass unequal numbers of micro-batches."""
+    folder, (num_workers, micro_batch) = tmp_path_factory.mktemp("together"), request.param
+    config = config_for(places, folder / "runs", num_steps=50, micro_batch=micro_batch)
+    over_processes(work, config, folder, num_workers=num_workers, folder=folder)
+    return folder
+
+
+def test_workers_take_the_steps_of_one_with_all_patches(alone, together):
     state, losses = alone
-    assert furthest(learned(tmp_path / "runs"), state) < 1e-5
-    assert len(losses) >= 3 and logged_losses(tmp_path / "runs") == pytest.approx(losses, abs=1e-5)
+    assert furthest(learned(together / "runs"), state) < 1e-5
+    assert len(losses) >= 3 and logged_losses(together / "runs") == pytest.approx(losses, abs=1e-5)
+
+
+def test_workers_that_pass_unequally_often_keep_the_spectral_norms_that_the_first_one_saves(together):
+    first, *others = (torch.load(path) for path in sorted(together.glob("*.pt")))
+    assert others and any(name.endswith("._u") for name in first)
+    for other in others:
+        assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("more", [{}, {"terms": (*LEARNING, AGAINST)}])

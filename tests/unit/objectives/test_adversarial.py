@@ -1,12 +1,15 @@
 """A student and its opponent: who moves whom, and that both come back from a checkpoint."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from kdsr.config import OptimizerConfig
+from kdsr.errors import NonFiniteLoss
 from kdsr.fit import fit, new_state
 from kdsr.models import build_model
 from kdsr.objectives import build_objective, needs_teacher
@@ -20,9 +23,22 @@ LOSSES = ["non_saturating", "hinge", "relativistic"]
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
+SMALL = {"kind": "patch", "num_features": 8, "num_levels": 1}
+STILL = {**SMALL, "spectral_norm": False}
+"""Moves with nothing but its own steps."""
+
+
 def term(**fields):
-    small = {"kind": "patch", "num_features": 8, "num_levels": 1}
-    return TypeAdapter(AdversarialTerm).validate_python({"discriminator": small, **fields})
+    return TypeAdapter(AdversarialTerm).validate_python({"discriminator": SMALL, **fields})
+
+
+def judge_of(objective):
+    (found,) = objective.terms.values()
+    return found.discriminator
+
+
+def weights_of(network):
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
 def start(terms, seed=0):
@@ -61,6 +77,38 @@ def test_the_student_is_pulled_and_the_discriminator_moves_only_in_its_own_step(
     objective.after_step()
     after = judge.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in weights)
+
+
+@each_loss
+def test_the_student_learns_what_a_still_discriminator_takes_for_real(loss, pair):
+    state, objective = start([term(loss=loss, discriminator=STILL)])
+
+    @torch.no_grad()
+    def judged():
+        return judge_of(objective)(2 * state.model(pair.lr) - 1).mean().item()
+
+    before, judge = judged(), weights_of(judge_of(objective))
+    list(fit(state, objective, iter([(pair, Cursor())] * 10), until_step=10))
+    assert judged() > before + 0.01
+    assert all(torch.equal(judge[name], now) for name, now in weights_of(judge_of(objective)).items())
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_noise_is_on_all_that_is_judged_and_fades_to_none(progress, pair):
+    state, objective = start([term(noise=0.2, discriminator=STILL)])
+    seen = []
+    judge_of(objective).register_forward_pre_hook(lambda _, images: seen.append(images[0].detach()))
+    objective(replace(pair, progress=progress))
+    objective.after_step()
+    with torch.no_grad():
+        sr = state.model(pair.lr)
+    # For the student, then the real ones and the student's for the discriminator.
+    noise = [judged - (2 * images - 1) for judged, images in zip(seen, (sr, pair.hr, sr), strict=True)]
+    for added in noise:
+        # Pictures are judged in -1..1, which is twice the range that the term counts in.
+        assert added.std().item() == pytest.approx(2 * 0.2 * (1 - progress), rel=0.05, abs=1e-6)
+        assert abs(added.mean().item()) < 0.02
+    assert torch.equal(noise[0], noise[2]) == (progress == 1)
 
 
 @each_loss
@@ -106,6 +154,44 @@ def test_both_go_on_from_a_saved_state(pair):
     for mine, theirs in ((second.model, whole.model), (second.auxiliary, whole.auxiliary)):
         pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def last_of_two(state, objective, second, first):
+    """Reports of two steps, the first of which is done."""
+    batches = iter([(first, Cursor(1)), (second, Cursor(2))])
+    reports = fit(state, objective, batches, until_step=2, after_step=objective.after_step)
+    next(reports)
+    return reports
+
+
+@pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
+def test_a_discriminator_learns_nothing_from_a_loss_that_is_not_finite(loss, pair):
+    """Relativistic losses of the student look at HR too, and are refused before."""
+    state, objective = start([term(loss=loss)])
+    reports = last_of_two(state, objective, replace(pair, hr=pair.hr * math.nan), pair)
+    before = weights_of(judge_of(objective))
+    words = rf"step 2: the discriminator's {loss} loss is nan for batch 2 of the data; .*of another name"
+    with pytest.raises(NonFiniteLoss, match=words):
+        next(reports)
+    assert all(torch.equal(before[name], now) for name, now in weights_of(judge_of(objective)).items())
+
+
+def test_a_discriminator_learns_nothing_from_a_gradient_that_is_not_finite(pair):
+    state, objective = start([term()])
+    reports = last_of_two(state, objective, pair, pair)
+    before = weights_of(judge_of(objective))
+
+    def steep(judge, _inputs, logits):
+        learns = next(judge.parameters()).requires_grad
+        # sqrt is finite at 0 and its derivative is not.
+        return logits + (logits - logits.detach()).abs().sqrt() if learns else logits
+
+    judge_of(objective).register_forward_hook(steep)
+    with pytest.raises(
+        NonFiniteLoss, match="step 2: the gradient of the discriminator's .* loss is nan for batch 2"
+    ):
+        next(reports)
+    assert all(torch.equal(before[name], now) for name, now in weights_of(judge_of(objective)).items())
 
 
 def test_only_a_term_against_the_teacher_needs_one_and_teachers_are_trained_against_hr():

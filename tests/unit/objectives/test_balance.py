@@ -1,5 +1,6 @@
 """What the balancers multiply terms by, and what they report."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from kdsr.config import OptimizerConfig
 from kdsr.fit import fit, new_state
 from kdsr.models import build_model
 from kdsr.objectives import build_objective
-from kdsr.objectives.balance import ByGradient
+from kdsr.objectives.balance import ByGradient, build_balancer
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EspcnSpec
 from kdsr.terms import GradientBalance, OutputTerm, PixelTerm, UncertaintyBalance
@@ -72,6 +73,65 @@ def test_a_term_that_pulls_the_other_way_is_left_out(pair):
     assert weights(Same(), GradientBalance(share=0.25))["weight/output_l1"] == pytest.approx(0.25, rel=1e-3)
 
 
+class Aside(nn.Module):
+    """As far from the student as HR is, times `distance`: below zero on the other side."""
+
+    def __init__(self, student, hr):
+        super().__init__()
+        self._student, self._hr, self.distance = [student], hr, 1.0
+
+    def forward(self, lr):
+        with torch.no_grad():
+            sr = self._student[0](lr)
+        return sr + self.distance * (self._hr - sr)
+
+
+@pytest.fixture
+def aside(pair):
+    """A student, a pair and a teacher beside them, all so near to mid-grey that nothing is clamped."""
+    student = net()
+    with torch.no_grad():
+        student.body[-2].weight.mul_(0.1)
+        student.body[-2].bias.fill_(0.5)
+    pair = replace(pair, hr=0.45 + 0.1 * pair.hr)
+    return student, pair, Aside(student, pair.hr)
+
+
+@pytest.mark.parametrize(
+    ("distances", "factors"),
+    [
+        ([1, -1, 1], [0.3, 0, 0.3]),
+        # Half as far is a gradient half as long, and twice the factor: in the mean although the gate is shut.
+        ([1, -0.5, 1], [0.3, 0, 0.3 * (0.7 * (0.7 + 0.3 * 2) + 0.3)]),
+    ],
+)
+def test_the_gate_shuts_at_once_and_gives_the_mean_factor_back_at_once(aside, distances, factors):
+    student, pair, teacher = aside
+    terms = [PixelTerm(loss="mse"), OutputTerm(loss="mse")]
+    balance = GradientBalance(share=0.3, memory=0.7, every_steps=2)
+    objective = build_objective(student, terms, teacher=teacher, balance=balance)
+    found, values = [], []
+    for distance in distances:
+        teacher.distance = distance
+        for _ in range(balance.every_steps):
+            values.append(objective(pair)["output_mse"].item())
+            found.append(objective.after_step()["weight/output_mse"])
+    assert found[::2] == found[1::2] == pytest.approx(factors, rel=1e-3)
+    assert [value == 0 for value in values] == [False, False, True, True, False, False]
+
+
+def test_a_term_without_a_gradient_tells_no_factor_and_is_looked_at_again(aside):
+    student, pair, teacher = aside
+    balance = GradientBalance(share=0.3, gate=False)
+    objective = build_objective(student, [PixelTerm(), OutputTerm()], teacher=teacher, balance=balance)
+    found = []
+    for distance in (0, 1):
+        teacher.distance = distance
+        objective(pair)
+        found.append(objective.after_step()["weight/output_l1"])
+    assert found == pytest.approx([1, 0.3], rel=1e-3)
+
+
 def test_gradients_are_looked_at_as_often_as_was_asked_for(pair, monkeypatch):
     looks = []
     original = ByGradient._look
@@ -95,12 +155,45 @@ def test_uncertainty_learns_to_trust_what_is_easy(pair):
     assert told["weight/output_mse"] / 0.5 > told["weight/pixel_l1"] > 1
 
 
+def test_uncertainty_is_the_log_density_of_laplace_without_its_constant():
+    names, spreads = ["pixel_l1", "output_l1", "output_mse"], torch.tensor([0.5, 2.0, 4.0])
+    balancer = build_balancer(UncertaintyBalance(), net(), pixel=names[:1], others=names[1:])
+    values, weights = torch.tensor([0.2, 0.7, 3.0]), [1.0, 2.0, 0.5]
+    with torch.no_grad():
+        balancer.log_spreads.copy_(spreads.log())
+    given = dict(zip(names, values, strict=True)), dict(zip(names, weights, strict=True))
+    density = torch.distributions.Laplace(0, spreads).log_prob(values) + math.log(2)
+    expected = [-weight * density[place].item() for place, weight in enumerate(weights)]
+    assert [value.item() for value in balancer(*given).values()] == pytest.approx(expected)
+    assert list(balancer.factors().values()) == pytest.approx([2, 0.5, 0.25])
+    with torch.no_grad():
+        balancer.log_spreads.copy_(values.log())  # a loss of its own size is where it comes to rest
+    sum(balancer(*given).values()).backward()
+    assert balancer.log_spreads.grad.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
 def test_the_state_of_a_balancer_goes_on(pair):
     first = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
     first(pair)
+    first.balancer.agrees.copy_(torch.tensor([False, True]))
     second = build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance())
     second.load_state_dict(first.state_dict())
-    assert second.balancer.factors() == first.balancer.factors() != {}
+    assert second.balancer.factors() == first.balancer.factors()
+    assert second.balancer.factors()["output_l1"] == 0 < second.balancer.factors()["output_mse"]
+
+
+def test_a_state_with_the_gate_in_its_means_goes_on_with_new_ones(pair, caplog):
+    first, second = (
+        build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance(gate=False)) for _ in range(2)
+    )
+    first(pair)
+    older = first.state_dict()
+    older["balancer.found"] = 0.5 * older["balancer.found"]
+    del older["balancer.agrees"]
+    second.load_state_dict(older)
+    assert second.balancer.factors() == {} and "they are found anew" in caplog.text
+    second(pair)
+    assert second.balancer.factors() == pytest.approx(first.balancer.factors())
 
 
 def test_without_a_balancer_weights_are_those_that_were_asked_for(pair):

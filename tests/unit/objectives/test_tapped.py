@@ -13,9 +13,16 @@ from kdsr.errors import RequestError
 from kdsr.fit import fit, new_state
 from kdsr.models import build_model
 from kdsr.objectives import build_objective
-from kdsr.objectives.features import channel_affinity, on_one_grid, spatial_affinity
-from kdsr.objectives.mutual_information import info_nce, jensen_shannon
-from kdsr.objectives.step import Taps
+from kdsr.objectives.features import (
+    STATISTICS,
+    AttentionDistance,
+    StatisticsDistance,
+    channel_affinity,
+    on_one_grid,
+    spatial_affinity,
+)
+from kdsr.objectives.mutual_information import LEAST_SPREAD, VariationalBound, info_nce, jensen_shannon
+from kdsr.objectives.step import Parts, Taps
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EdsrSpec, EspcnSpec, RepChainSpec
 from kdsr.terms import DistillTerm
@@ -145,6 +152,63 @@ def test_affinities_are_cosines():
         torch.cosine_similarity(one, other, dim=0).item(), abs=1e-5
     )
     assert channels[1, 2, 2].item() == pytest.approx(1, abs=1e-5)
+
+
+ONE = [{"student": "a", "teacher": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("density", "distribution"),
+    [("gaussian", torch.distributions.Normal), ("laplace", torch.distributions.Laplace)],
+)
+def test_the_variational_term_is_the_log_density_with_its_sign_turned(density, distribution):
+    torch.manual_seed(0)
+    widths = {"student_widths": {"a": 3}, "teacher_widths": {"b": 2}}
+    config = term({"kind": "variational", "density": density}, ONE)
+    bound = VariationalBound(config, Parts(nn.Identity(), **widths))
+    raw = torch.tensor([-1.0, 2.0]).view(1, 2, 1, 1)
+    with torch.no_grad():
+        bound.spreads[0].copy_(raw)
+    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 2, 4, 5)
+    expected = distribution(bound.means[0](student), torch.log1p(raw.exp()) + LEAST_SPREAD)
+    pattern = teacher / teacher.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    nats = -expected.log_prob(pattern).mean().item()
+    assert bound.compare(student, teacher, 0).item() == pytest.approx(nats, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "student_map", "teacher_map"),
+    [
+        ("mean_then_square", [4, 1], [1, 4]),
+        ("square_then_mean", [5, 5], [1, 4]),
+        ("max", [3, 3], [1, 2]),
+        ("min", [1, -1], [1, 2]),
+    ],
+)
+def test_statistics_are_one_number_a_pixel_over_all_channels(statistic, student_map, teacher_map):
+    student = torch.tensor([[1.0, 3.0], [3.0, -1.0]]).view(1, 2, 1, 2)  # two channels at two places
+    teacher = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
+    for features, expected in ((student, student_map), (teacher, teacher_map)):
+        assert STATISTICS[statistic](features).flatten().tolist() == expected
+    distance = StatisticsDistance(
+        term({"kind": "statistics", "statistic": statistic}, ONE), Parts(nn.Identity())
+    )
+    sizes = [math.hypot(*values) / math.sqrt(2) for values in (student_map, teacher_map)]
+    places = zip(student_map, teacher_map, strict=True)
+    expected = sum((mine / sizes[0] - theirs / sizes[1]) ** 2 for mine, theirs in places) / 2
+    assert distance.compare(student, teacher, 0).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_attention_is_the_direction_of_the_summed_powers_of_all_channels(power):
+    # Sums over channels of 3 and 4 against 4 and 3: (0.6, 0.8) against (0.8, 0.6). The other image is alike.
+    student = torch.tensor([[[1.0, -4.0], [-2.0, 0.0]], [[5.0, 5.0], [0.0, 0.0]]])
+    teacher = torch.tensor([[[4.0, -3.0]], [[-1.0, 1.0]]])
+    student, teacher = (
+        (features.abs() ** (1 / power) * features.sign()).unsqueeze(2) for features in (student, teacher)
+    )
+    distance = AttentionDistance(term({"kind": "attention", "power": power}, ONE), Parts(nn.Identity()))
+    assert distance.compare(student, teacher, 0).item() == pytest.approx((0.04 + 0.04) / 2, rel=1e-4)
 
 
 def test_grids_that_differ_meet_on_the_smaller_one():
