@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from kdsr import provenance, shards
 from kdsr.background import Background
 from kdsr.checkpoint import (
     POINTERS,
+    Entry,
     StateStore,
     copied,
     is_imported,
@@ -184,14 +185,37 @@ def check(config: RunConfig) -> Inputs:
     return Inputs(index, teachers)
 
 
+class LastSave(NamedTuple):
+    """A checkpoint, and which object it is: a damaged one that was made again is another."""
+
+    step: int
+    key: str
+    etag: str
+
+
+def last_save(config: RunConfig) -> LastSave | None:
+    """What a start of this run goes on from, when that is whole; None for one that has saved nothing."""
+    if (entry := _last_entry(config)) is None:
+        return None
+    try:
+        return LastSave(entry.step, entry.key, run_store(config).stat(entry.key).etag)
+    except KeyNotFound:
+        return LastSave(entry.step, entry.key, "")
+
+
 def saved_step(config: RunConfig) -> int:
     """The step that a start of this run goes on from, when what was saved there is whole."""
+    entry = _last_entry(config)
+    return 0 if entry is None else entry.step
+
+
+def _last_entry(config: RunConfig) -> Entry | None:
     states = StateStore(run_store(config))
     for pointer in POINTERS:
         with contextlib.suppress(CheckpointCorrupt):
-            if (step := states.step(pointer)) is not None:
-                return step
-    return 0
+            if (entry := states.entry(pointer)) is not None:
+                return entry
+    return None
 
 
 def logged(config: RunConfig) -> list[dict[str, float]]:

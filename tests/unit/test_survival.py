@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.train import _require_progress
 from kdsr import training
 from kdsr.checkpoint import StateStore
-from kdsr.errors import CheckpointCorrupt, StoreError
-from kdsr.training import Worker, run_store, saved_step, train
+from kdsr.errors import CheckpointCorrupt, KdsrError, StoreError
+from kdsr.training import Worker, last_save, run_store, saved_step, train
 from tests.dying import Dying
 from tests.whole_runs import config_of, history, make_places, outcome
 
@@ -115,6 +116,28 @@ def test_a_run_goes_on_from_the_state_before_when_its_last_one_is_damaged(places
     list(train(config))
     assert any("expected sha256" in message and "Taken instead" in message for message in caplog.messages)
     assert outcome(config) == whole
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_workers_that_leave_before_a_damaged_step_or_at_it_have_taken_a_step(places, tmp_path, capsys, again):
+    """The one at that step is made again to the last bit."""
+    config = config_for(places, tmp_path, num_validation_images=0, save_every_steps=100)
+
+    def leave_after(count):
+        steps = itertools.count(1)
+        list(train(config, Worker(is_told_to_leave=lambda: next(steps) >= count)))
+
+    leave_after(2)
+    leave_after(2)
+    store, damaged_key = run_store(config), StateStore(run_store(config)).entry("latest").key
+    store.put(damaged_key, store.get(damaged_key)[:-100])
+    damaged = last_save(config)
+    with pytest.raises(KdsrError, match="left at step 4 without taking a step"):
+        _require_progress(config, since=damaged)
+    leave_after(again)
+    assert saved_step(config) == 2 + again
+    _require_progress(config, since=damaged)
+    assert f"saved step {2 + again}; going on" in capsys.readouterr().err
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(places, tmp_path):
