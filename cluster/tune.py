@@ -51,7 +51,7 @@ def tune(config: TuneConfig) -> None:
 
 
 def _run(config: TuneConfig, trials: Sequence[Trial]) -> None:
-    check(trials)
+    check(config, trials)
     session.connect(config.cluster)
     session.await_capacity(config.cluster)
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})

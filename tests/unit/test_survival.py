@@ -155,7 +155,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(p
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_reason(places, tmp_path):
     """Training goes on beside the write, but not for long without one."""
     config = config_for(places, tmp_path, num_steps=50, num_validation_images=0)
-    store = Dying(run_store(config), after=1)
+    store = Dying(run_store(config), after=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "run_store", lambda _: store)
         with pytest.raises(StoreError, match=r"died before it could write metrics\.jsonl"):
