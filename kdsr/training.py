@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle, islice
@@ -596,6 +596,7 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
     if config.share_extractor:
         _check_extractor(config, cards[0])
     _check_taps(config, cards[0])
+    _check_grids(config, _taught_places(config, index, cards[0]))
     if needs_live_teacher(config.terms, index):
         _check_networks(config)
     return tuple(
@@ -616,6 +617,8 @@ def _check_networks(config: DistillConfig) -> None:
         loaded = load_model(config.teacher.uri, config.store)
         taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
         taps.widths(config.student.channels)
+        if is_imported(loaded.card) and _placed_terms(config):
+            _check_grids(config, _places(taps, config))
 
 
 @lru_cache(maxsize=8)
@@ -689,18 +692,27 @@ def _check_taps(config: DistillConfig, teacher: Card) -> None:
         if isinstance(term, PerceptualTerm) and term.network is None and not is_imported(teacher):
             for tap in term.taps:
                 require_tap(tap, teacher.spec.taps, who=f"the teacher ({teacher.name})")
-    _check_grids(config, teacher)
 
 
-def _check_grids(config: DistillConfig, teacher: Card) -> None:
+def _placed_terms(config: DistillConfig) -> list[CriticTerm | AttendedTerm | FusionTerm]:
+    """Those that look at places one by one."""
+    return [term for term in config.terms if isinstance(term, CriticTerm | AttendedTerm | FusionTerm)]
+
+
+def _taught_places(config: DistillConfig, index: ShardIndex, teacher: Card) -> dict[str, int]:
+    """How many places a patch has at taps of the teacher, as far as that is known without its weights."""
+    if is_imported(teacher):
+        return {tap.tap: (config.data.patch_size // tap.stride) ** 2 for tap in index.carried.taps}
+    names = [pair.teacher for term in _placed_terms(config) for pair in term.taps]
+    return _places_of(teacher.spec, names, config) if names else {}
+
+
+def _check_grids(config: DistillConfig, taught: Mapping[str, int]) -> None:
     """Raise RequestError for features of so few places that a term has nothing to work on."""
-    terms = [term for term in config.terms if isinstance(term, CriticTerm | AttendedTerm | FusionTerm)]
+    terms = _placed_terms(config)
     if not terms:
         return
-    student = _places(config.student, [pair.student for term in terms for pair in term.taps], config)
-    taught = {}
-    if not is_imported(teacher):
-        taught = _places(teacher.spec, [pair.teacher for term in terms for pair in term.taps], config)
+    student = _places_of(config.student, [pair.student for term in terms for pair in term.taps], config)
     for term in terms:
         for pair in term.taps:
             places = min(student[pair.student], taught.get(pair.teacher, student[pair.student]))
@@ -714,10 +726,18 @@ def _check_grids(config: DistillConfig, teacher: Card) -> None:
                 )
 
 
-def _places(spec: ModelSpec, taps: Sequence[str], config: RunConfig) -> dict[str, int]:
+def _places_of(spec: ModelSpec, taps: Sequence[str], config: RunConfig) -> dict[str, int]:
     """How many pixels a patch has at each tap."""
     grids = tap_grids(spec, taps, size=config.data.patch_size)
     return {tap: height * width for tap, (height, width) in grids.items()}
+
+
+@torch.no_grad()
+def _places(taps: Taps, config: RunConfig) -> dict[str, int]:
+    """The same of a network that no spec can build."""
+    size = config.data.patch_size
+    read = taps.features(torch.zeros(1, config.model.channels, size, size))
+    return {tap: features.shape[2] * features.shape[3] for tap, features in read.items()}
 
 
 def _asks_teacher(config: RunConfig) -> bool:

@@ -25,16 +25,18 @@ from kdsr.config import (
 from kdsr.degrade import bicubic_lr, build_degradation
 from kdsr.errors import NonFiniteLoss, RequestError
 from kdsr.models import build_model, fold, inherit_slice, share_extractor
-from kdsr.shards import read_index
+from kdsr.shards import read_index, write_index
 from kdsr.spec import (
     Card,
     DamSpec,
     EdsrSpec,
     EspcnSpec,
     FsrcnnSpec,
+    Labels,
     PatchDiscriminatorSpec,
     RepChainSpec,
     RrdbnetSpec,
+    StoredTap,
     TeacherRef,
     UnetSpec,
 )
@@ -728,6 +730,39 @@ def test_features_of_too_few_places_are_refused_before_anything_starts(
         check(config)
     fine = term.model_copy(update={"taps": (TapPair(student="decoder.0", teacher="trunk"),)})
     check(config.model_copy(update={"terms": (PixelTerm(), fine)}))
+
+
+SEVENTEEN = CriticTerm(positions=17, taps=(TapPair(student="layers.0", teacher="body.0"),))
+
+
+def halved_network(path):
+    """A public network whose trunk has a place for each four pixels of LR."""
+    spec = RrdbnetSpec(scale=2, num_features=4, num_growth=4, num_blocks=1, unshuffle=True)
+    torch.save(build_model(spec).state_dict(), path)
+    return str(path)
+
+
+def test_features_of_too_few_places_of_a_public_teacher_are_refused_too(shards, tmp_path):
+    uri = halved_network(tmp_path / "public.pth")
+    config = distil_config(shards, tmp_path, uri, terms=(PixelTerm(), SEVENTEEN))
+    words = "critic term looks at 17 places or more, .* has 16 at 'layers.0' and 'body.0'"
+    with pytest.raises(RequestError, match=words):
+        check(config)
+    data = config.data.model_copy(update={"patch_size": 10})
+    assert check(config.model_copy(update={"data": data})).teachers
+
+
+def test_stored_features_of_too_few_places_of_a_public_teacher_are_refused(tmp_path):
+    uri = halved_network(tmp_path / "public.pth")
+    plain = labelled_set(tmp_path, ref_of(uri))
+    index = read_index(open_store(plain))
+    labels = Labels(taps=(StoredTap(tap="body.0", width=4, rank=4, stride=2),))
+    write_index(open_store(plain), index.model_copy(update={"labels": labels}))
+    config = distil_config(plain, tmp_path, uri, terms=(PixelTerm(), SEVENTEEN))
+    with pytest.raises(RequestError, match="critic term looks at 17 places or more, .* has 16 at"):
+        check(config)
+    data = config.data.model_copy(update={"patch_size": 10})
+    assert check(config.model_copy(update={"data": data})).teachers
 
 
 @pytest.mark.parametrize(
