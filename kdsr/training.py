@@ -44,7 +44,7 @@ from kdsr.config import (
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine, keep_freed_memory
 from kdsr.errors import CheckpointCorrupt, DataError, KdsrError, KeyNotFound, RequestError
-from kdsr.fit import StepReport, TrainState, fit, new_state
+from kdsr.fit import StepReport, TrainState, fit, new_state, share_gradients
 from kdsr.memory import is_sharded, recompute_blocks, shard
 from kdsr.models import (
     build_model,
@@ -80,6 +80,7 @@ from kdsr.terms import (
     PerceptualTerm,
     PixelTerm,
     TappedTerm,
+    always_reach_output,
 )
 from kdsr.tracking import MlflowRun, begin_mlflow
 from kdsr.upscale import Upscaler
@@ -483,6 +484,7 @@ def _fit(
         after_step=objective.after_step,
         micro_batch=config.micro_batch,
         apart=objective.apart,
+        share=None if always_reach_output(config.terms) else share_gradients,
     )
 
 

@@ -10,10 +10,20 @@ from kdsr.config import DataConfig, DistillConfig, OptimizerConfig, TeacherConfi
 from kdsr.models import build_model
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, PatchDiscriminatorSpec
 from kdsr.store import open_store
-from kdsr.terms import AdversarialTerm, FeatureTerm, OutputTerm, PixelTerm, TapPair, UncertaintyBalance
+from kdsr.terms import (
+    AdversarialTerm,
+    AttendedTerm,
+    FeatureTerm,
+    FusionTerm,
+    OutputTerm,
+    PixelTerm,
+    TapPair,
+    UncertaintyBalance,
+    always_reach_output,
+)
 from kdsr.training import train
 from tests.pictures import photograph
-from tests.processes import train_over_processes
+from tests.processes import over_processes
 from tests.small_shards import row, write_set
 
 TAPS = (TapPair(student="body.1", teacher="trunk"),)
@@ -85,14 +95,55 @@ def alone(places, tmp_path_factory):
     return learned(output), logged_losses(output)
 
 
-@pytest.mark.parametrize(("num_workers", "micro_batch"), [(2, 2), (4, 1)])
-def test_workers_take_the_steps_of_one_with_all_patches(places, alone, tmp_path, num_workers, micro_batch):
-    """Four workers share six lanes unequally, and pass unequal numbers of micro-batches."""
-    config = config_for(places, tmp_path / "runs", num_steps=50, micro_batch=micro_batch)
-    train_over_processes(config, num_workers=num_workers, folder=tmp_path)
+LATE = (PixelTerm(weight=0.0, final_weight=1.0, ramp=(0.5, 0.5)), FeatureTerm(taps=TAPS, weight=0.1))
+"""For half of the run the features alone are compared, and the layers behind them have no gradient."""
+
+
+def train_each(worker, *configs):
+    for config in configs:
+        list(train(config, worker))
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=str)
+def together(request, places, tmp_path_factory):
+    """Where workers trained: four share six lanes unequally, and pass unequal numbers of micro-batches."""
+    num_workers, micro_batch = request.param
+    folder = tmp_path_factory.mktemp("together")
+    whole = config_for(places, folder / "whole", num_steps=50, micro_batch=micro_batch)
+    late = config_for(places, folder / "late", num_steps=8, micro_batch=micro_batch, terms=LATE)
+    over_processes(train_each, whole, late, num_workers=num_workers, folder=folder)
+    return folder
+
+
+def test_workers_take_the_steps_of_one_with_all_patches(alone, together):
     state, losses = alone
-    assert furthest(learned(tmp_path / "runs"), state) < 1e-5
-    assert len(losses) >= 3 and logged_losses(tmp_path / "runs") == pytest.approx(losses, abs=1e-5)
+    assert furthest(learned(together / "whole"), state) < 1e-5
+    assert len(losses) >= 3 and logged_losses(together / "whole") == pytest.approx(losses, abs=1e-5)
+
+
+def test_workers_take_the_steps_of_one_where_the_loss_does_not_reach_the_output(places, together, tmp_path):
+    list(train(config_for(places, tmp_path, num_steps=8, terms=LATE)))
+    assert furthest(learned(together / "late"), learned(tmp_path)) < 1e-5
+
+
+FEATURES = FeatureTerm(taps=TAPS)
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ((PixelTerm(), FEATURES), True),
+        ((PixelTerm(weight=1.0, final_weight=0.0), FEATURES), True),
+        ((PixelTerm(weight=1.0, final_weight=0.0, ramp=(0.2, 0.8)), FEATURES), False),
+        ((PixelTerm(weight=0.0, final_weight=1.0), FEATURES), False),
+        ((PixelTerm(weight=0.0, final_weight=1.0, ramp=(0.0, 0.0)), FEATURES), True),
+        ((PixelTerm(weight=0.0, final_weight=1.0, ramp=(0.0, 0.5)), OutputTerm(), FEATURES), True),
+        ((FusionTerm(taps=TAPS),), True),
+        ((AttendedTerm(taps=TAPS, by="error"),), False),
+    ],
+)
+def test_it_is_known_whether_each_step_has_a_loss_that_reaches_the_output(terms, expected):
+    assert always_reach_output(terms) == expected
 
 
 @pytest.mark.parametrize("more", [{}, {"terms": (*LEARNING, AGAINST)}])
