@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
 from cluster import alone, session
+from kdsr import lease
 from kdsr.compare import Ledger, StepCost, benchmarks_of, check, measure_cost, pending, run_cell, steps_done
 from kdsr.config import Cell, ClusterConfig, CompareConfig
 from kdsr.errors import KdsrError
@@ -23,16 +24,21 @@ def compare(config: CompareConfig) -> dict[str, str]:
     """Train what is missing of the cells that are selected, and measure what their steps cost.
 
     Returns the causes of cells that could not be finished and have no row, by name: their workers were lost
-    or met an error that nobody foresaw. A rerun tries these again. Raises RequestError before anything runs.
+    or met an error that nobody foresaw. A rerun tries these again. Raises RequestError before anything runs,
+    also when another driver works on the comparison.
     """
+    if not pending(config) and not (config.measure_cost and _chosen(config)):
+        return {}
+    with lease.held_throughout(Ledger(config).store, what=f"the comparison in {config.output}"):
+        return _do_what_is_missing(config)
+
+
+def _do_what_is_missing(config: CompareConfig) -> dict[str, str]:
     cells = pending(config)
     check(config, cells)
-    lost: dict[str, str] = {}
-    if cells or (config.measure_cost and _chosen(config)):
-        session.connect(config.cluster)
-        session.await_capacity(config.cluster)
-    if cells:
-        lost = _train(config, cells)
+    session.connect(config.cluster)
+    session.await_capacity(config.cluster)
+    lost = _train(config, cells) if cells else {}
     if config.measure_cost:
         _measure_costs(config)
     return lost

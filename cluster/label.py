@@ -53,7 +53,9 @@ def label(config: LabelConfig) -> ShardIndex:
         features=config.features,
         zoom=config.zoom,
     )
-    withdraw_index(index, target, teacher_sha256=teacher.card.sha256, labels=labels)
+    withdraw_index(
+        index, target, teacher_sha256=teacher.card.sha256, labels=labels, precision=config.precision
+    )
     try:
         entries = dict(_entries(config, index, teacher.card.sha256, labels))
     except ray.exceptions.RayError as error:
@@ -79,6 +81,7 @@ class _Labeller:
             labels,
             _observer(config, model, device),
             read_directions(target, labels.basis),
+            config.precision,
         )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:

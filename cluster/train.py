@@ -22,7 +22,18 @@ from kdsr.errors import KdsrError
 from kdsr.pairs import PatchReader
 from kdsr.spec import Card
 from kdsr.store import open_store
-from kdsr.training import Progress, RunConfig, Worker, check, exported_card, run_store, saved_step, train
+from kdsr.training import (
+    LastSave,
+    Progress,
+    RunConfig,
+    Worker,
+    check,
+    exported_card,
+    last_save,
+    run_store,
+    saved_step,
+    train,
+)
 
 KINDS: dict[str, type[RunConfig]] = {
     config.__name__: config for config in (TeacherTrainingConfig, DistillConfig)
@@ -56,7 +67,8 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
     """Start workers as often as it takes."""
     failures, failed_at = 0, -1
     while (card := exported_card(config)) is None:
-        begun_at = saved_step(config)
+        before = last_save(config)
+        begun_at = 0 if before is None else before.step
         session.wait_for_room(
             config.cluster,
             num_workers=config.cluster.least_workers,
@@ -81,7 +93,7 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
             if not stop.is_told():
                 raise
         else:
-            _require_progress(config, since=begun_at)
+            _require_progress(config, since=before)
         if stop.is_told() and exported_card(config) is None:
             raise _stopped(config, stop)
     return card
@@ -100,16 +112,23 @@ def _own_error(error: TrainingFailedError) -> KdsrError | None:
     return next((cause for cause in causes if isinstance(cause, KdsrError)), None)
 
 
-def _require_progress(config: RunConfig, *, since: int) -> None:
-    """Workers that leave have taken a step; say so, because new ones may have to wait for a machine."""
+def _require_progress(config: RunConfig, *, since: LastSave | None) -> None:
+    """Workers that leave have taken a step; say so, because new ones may have to wait for a machine.
+
+    It may be an earlier one than that of `since`, the last save before they began, which was damaged then.
+    """
     if exported_card(config) is not None:
         return
-    reached = saved_step(config)
-    if reached <= since:
+    reached = last_save(config)
+    if reached is None or reached == since:
         raise KdsrError(
-            f"the workers of run {config.name} left at step {since} without taking a step; see their logs"
+            f"the workers of run {config.name} left at step {saved_step(config)} without taking a step; see "
+            f"their logs"
         )
-    print(f"workers were told to leave and saved step {reached}; going on with what is left", file=sys.stderr)
+    print(
+        f"workers were told to leave and saved step {reached.step}; going on with what is left",
+        file=sys.stderr,
+    )
 
 
 def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:

@@ -20,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from tqdm import tqdm
 
 from cluster import alone, session
+from kdsr import lease
 from kdsr.config import Trial, TuneConfig
 from kdsr.progress import progress_bar
 from kdsr.store import open_store
@@ -36,11 +37,21 @@ SETTINGS = {
 
 
 def tune(config: TuneConfig) -> None:
-    """Run the trials that are left. Raises RequestError before anything runs."""
-    trials = pending(config)
-    if not trials:
+    """Run the trials that are left.
+
+    Raises RequestError before anything runs, also when another driver works on the search.
+    """
+    if not pending(config):
         return
-    check(trials)
+    store = open_store(config.output, config.store)
+    with lease.held_throughout(store, what=f"the search in {config.output}"):
+        # Whoever had the lease before may have done all of it.
+        if trials := pending(config):
+            _run(config, trials)
+
+
+def _run(config: TuneConfig, trials: Sequence[Trial]) -> None:
+    check(config, trials)
     session.connect(config.cluster)
     session.await_capacity(config.cluster)
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})

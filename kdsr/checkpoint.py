@@ -192,7 +192,7 @@ class StateStore:
         digest = _digest(data)
         entry = Entry(step=step, key=f"checkpoints/{step:09}-{digest[:12]}.pt", sha256=digest)
         self.store.put(entry.key, data)
-        before = self.sound or self._entry("latest")
+        before = self.sound or self.entry("latest")
         if before is not None and before != entry:
             self._point("previous", before)
         for pointer in pointers:
@@ -209,7 +209,7 @@ class StateStore:
         damaged: list[str] = []
         for pointer in pointers:
             try:
-                if (entry := self._entry(pointer)) is None:
+                if (entry := self.entry(pointer)) is None:
                     continue
                 state = self._read(entry)
             except CheckpointCorrupt as error:
@@ -226,9 +226,19 @@ class StateStore:
             )
         return None
 
+    def entry(self, pointer: str) -> Entry | None:
+        """What `pointer` names. Raises CheckpointCorrupt for a pointer that cannot be read."""
+        key = f"checkpoints/{pointer}.json"
+        try:
+            return Entry.model_validate_json(self.store.get(key))
+        except KeyNotFound:
+            return None
+        except ValidationError:
+            raise CheckpointCorrupt(f"{self.store.uri}/{key} names no state: it was damaged") from None
+
     def step(self, pointer: str) -> int | None:
-        """The step that `pointer` names. Raises CheckpointCorrupt for a pointer that cannot be read."""
-        entry = self._entry(pointer)
+        """Its step."""
+        entry = self.entry(pointer)
         return None if entry is None else entry.step
 
     def _read(self, entry: Entry) -> dict[str, Any]:
@@ -244,18 +254,9 @@ class StateStore:
     def _point(self, pointer: str, entry: Entry) -> None:
         self.store.put(f"checkpoints/{pointer}.json", entry.model_dump_json().encode())
 
-    def _entry(self, pointer: str) -> Entry | None:
-        key = f"checkpoints/{pointer}.json"
-        try:
-            return Entry.model_validate_json(self.store.get(key))
-        except KeyNotFound:
-            return None
-        except ValidationError:
-            raise CheckpointCorrupt(f"{self.store.uri}/{key} names no state: it was damaged") from None
-
     def _delete_unnamed(self) -> None:
         try:
-            named = {entry.key for pointer in POINTERS if (entry := self._entry(pointer))}
+            named = {entry.key for pointer in POINTERS if (entry := self.entry(pointer))}
         except CheckpointCorrupt as error:
             log.warning("%s; old states stay", error)
             return

@@ -33,6 +33,7 @@ from kdsr.training import (
     exported_card,
     logged,
     rehearse,
+    require_same_sources,
     row_beside,
     saved_step,
     train,
@@ -179,6 +180,9 @@ def check(config: CompareConfig, cells: Sequence[Cell]) -> None:
         raise RequestError(
             "; ".join(f"{', '.join(reversed(names))}: {error}" for error, names in refused.items())
         )
+    if cells:
+        # What is trained now stands in one table with what was trained before.
+        require_same_sources(cell.config for cell in config.cells())
 
 
 def _require_measurable(config: CompareConfig, cell: Cell) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from kdsr.config import OptimizerConfig
@@ -173,6 +174,7 @@ def fit(
     after_step: Callable[[], dict[str, float]] = dict,
     micro_batch: int | None = None,
     apart: Callable[[], AbstractContextManager[None]] = nullcontext,
+    share: Callable[[Sequence[nn.Parameter]], None] | None = None,
 ) -> Iterator[StepReport]:
     """Train until `until_step`, one report a step. `state` is current whenever a report is handed over.
 
@@ -182,6 +184,8 @@ def fit(
     weights have moved, and what it returns is reported. A batch of more than `micro_batch` patches passes in
     near-equal parts whose gradients add up to those of the whole, but for what a term draws, and what it
     compares over a batch; all but the last part pass within `apart`, where workers need not share gradients.
+    With `share` the last one does too, and `share` makes the gradients those of all workers: for losses that
+    do not reach every parameter, each of which a data-parallel network waits for.
     Raises NonFiniteLoss, before the weights are touched, when a term or a gradient is NaN or infinite, and
     when `after_step` does, before those that it moves are, with its words in the same sentence.
     """
@@ -197,12 +201,14 @@ def fit(
         values: dict[str, float] = {}
         parts = pair.parts(micro_batch)
         for number, part in enumerate(parts, 1):
-            with nullcontext() if number == len(parts) else apart():
+            with nullcontext() if share is None and number == len(parts) else apart():
                 with torch.autocast(part.lr.device.type, dtype=autocast, enabled=autocast is not None):
                     losses = objective(part)
                 for name, value in _finite_values(losses, step=state.step + 1, cursor=cursor).items():
                     values[name] = values.get(name, 0.0) + value * len(part) / len(pair)
                 (torch.stack(list(losses.values())).sum() * part.weight).backward()
+        if share is not None:
+            share([each for group in state.optimizer.param_groups for each in group["params"]])
         norm = _clip(parameters, state.config.clip_norm)
         norms = {"the gradient": norm, "the gradient beside the network": gradient_norm(beside)}
         for what, found in norms.items():
@@ -227,6 +233,28 @@ def fit(
             waiting_seconds=arrived - begin,
             details=details,
         )
+
+
+def share_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Let each worker of torch's process group have the mean of their gradients. All must ask together.
+
+    What no worker has a gradient of is left without one, as with a worker alone, whose optimizer then does
+    not move it.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    reached = parameters[0].new_tensor([parameter.grad is not None for parameter in parameters])
+    torch.distributed.all_reduce(reached)
+    chosen = [parameter for parameter, count in zip(parameters, reached.tolist(), strict=True) if count > 0]
+    for parameter in chosen:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in chosen if parameter.grad is not None]
+    row = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(row)
+    row /= torch.distributed.get_world_size()
+    for gradient, own in zip(gradients, row.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(own.view(gradient.shape))
 
 
 def learning_rate_at(config: OptimizerConfig, *, step: int, num_steps: int) -> float:

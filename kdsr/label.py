@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from typing import Literal
 
 import numpy as np
 from safetensors.torch import load as load_safetensors
@@ -42,6 +43,9 @@ DEGRADATION = BicubicDegradation()
 NUM_SAMPLES = 16
 """Sub-images on which the directions of features are fitted."""
 
+LabelPrecision = Literal["float32", "bfloat16"]
+"""Type that the teacher is asked to compute in."""
+
 
 class LabelledShard(Frozen):
     """What is written beside a labelled shard, after it."""
@@ -49,6 +53,8 @@ class LabelledShard(Frozen):
     source_sha256: str
     teacher_sha256: str
     labels: Labels | None = None
+    precision: LabelPrecision | None = None
+    """Not known of shards that were labelled before it was written down; they do for either."""
     entry: ShardEntry
 
 
@@ -61,6 +67,7 @@ class Labeller:
     observer: Observer | None = None
     """Of the taps in `labels`, where there are any."""
     directions: Mapping[str, Directions] = field(default_factory=dict)
+    precision: LabelPrecision = "float32"
 
     def label(self, row: Row) -> Row:
         """`row` with the teacher's columns, of the largest part that is a multiple of the scale."""
@@ -203,13 +210,19 @@ def label_shard(
 
     A shard that is already there with the same labels of the same teacher and source is left as it is.
     """
-    done = _done(target, entry, teacher_sha256, labeller.labels)
+    done = _done(target, entry, teacher_sha256, labeller.labels, labeller.precision)
     if done is not None:
         return done
+    # Killed behind the shard and before its new note, the old note would vouch for what it does not know.
+    target.delete(_note_key(entry))
     rows = (labeller.label(row) for row in _rows(source, entry))
     written = shards.write_shard(target, entry.key, rows, row_group_bytes=row_group_bytes)
     note = LabelledShard(
-        source_sha256=entry.sha256, teacher_sha256=teacher_sha256, labels=labeller.labels, entry=written
+        source_sha256=entry.sha256,
+        teacher_sha256=teacher_sha256,
+        labels=labeller.labels,
+        precision=labeller.precision,
+        entry=written,
     )
     target.put(_note_key(entry), note.model_dump_json(indent=1).encode())
     return written
@@ -222,7 +235,12 @@ def require_labelled(target: Store) -> None:
 
 
 def withdraw_index(
-    index: ShardIndex, target: Store, *, teacher_sha256: str, labels: Labels = OUTPUT_ALONE
+    index: ShardIndex,
+    target: Store,
+    *,
+    teacher_sha256: str,
+    labels: Labels = OUTPUT_ALONE,
+    precision: LabelPrecision = "float32",
 ) -> None:
     """Let the set at `target` not exist while shards of it are missing, or carry other labels.
 
@@ -231,7 +249,8 @@ def withdraw_index(
     if not target.exists(shards.INDEX_KEY):
         return
     require_labelled(target)
-    if any(_done(target, entry, teacher_sha256, labels) is None for entry in index.shards):
+    found = (_done(target, entry, teacher_sha256, labels, precision) for entry in index.shards)
+    if any(entry is None for entry in found):
         target.delete(shards.INDEX_KEY)
 
 
@@ -244,12 +263,15 @@ def labelled_index(
     return index.model_copy(update=found)
 
 
-def _done(target: Store, entry: ShardEntry, teacher_sha256: str, labels: Labels) -> ShardEntry | None:
+def _done(
+    target: Store, entry: ShardEntry, teacher_sha256: str, labels: Labels, precision: LabelPrecision
+) -> ShardEntry | None:
     if not (target.exists(_note_key(entry)) and target.exists(entry.key)):
         return None
     note = LabelledShard.model_validate_json(target.get(_note_key(entry)))
     same_teacher = note.source_sha256 == entry.sha256 and note.teacher_sha256 == teacher_sha256
-    return note.entry if same_teacher and (note.labels or OUTPUT_ALONE) == labels else None
+    same_labels = (note.labels or OUTPUT_ALONE) == labels and note.precision in (None, precision)
+    return note.entry if same_teacher and same_labels else None
 
 
 def _note_key(entry: ShardEntry) -> str:

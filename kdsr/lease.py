@@ -5,6 +5,7 @@ it. Knows nothing of the work. A holder that was frozen for long and wakes up le
 lost the lease; until then two may write.
 """
 
+import _thread
 import logging
 import os
 import platform
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdsr.errors import KeyExists, KeyNotFound, RequestError, StoreError
+from kdsr.errors import KdsrError, KeyExists, KeyNotFound, RequestError, StoreError
 from kdsr.spec import Frozen
 from kdsr.store import ObjectInfo, Store
 
@@ -94,6 +95,28 @@ def held(store: Store, *, what: str) -> Iterator[Lease]:
         thread.join()
 
 
+@contextmanager
+def held_throughout(store: Store, *, what: str) -> Iterator[None]:
+    """The same for a main thread that waits for others: it is interrupted where it loses the lease.
+
+    Raises KdsrError then, and what `held` raises.
+    """
+    lost = threading.Event()
+
+    def interrupt() -> None:
+        lost.set()
+        _thread.interrupt_main()
+
+    with held(store, what=what) as lease:
+        lease.when_lost = interrupt
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not lost.is_set():
+                raise
+            raise KdsrError(f"another process has taken over {what} while this one was away") from None
+
+
 def _take(store: Store, what: str) -> Lease:
     holder = Holder(host=platform.node(), pid=os.getpid(), process=_process(os.getpid()))
     while True:
@@ -114,7 +137,9 @@ def _wait_until_dead(store: Store, last: ObjectInfo, what: str) -> None:
     holder = _holder(store, last.key)
     if holder is None or _is_dead_here(holder):
         return
-    refusal = RequestError(f"{what} is worked on by {holder}; stop that first, or choose another name")
+    refusal = RequestError(
+        f"{what} is worked on by {holder}; stop that first, or choose another name or output"
+    )
     if _process(holder.pid) == holder.process != "":
         raise refusal
     log.warning(

@@ -381,6 +381,14 @@ def read_index(store: Store) -> ShardIndex:
         ) from None
 
 
+def digest(index: ShardIndex) -> str:
+    """The sha256 of all that the shards of a set hold, labels too, in their order; wherever the set lies."""
+    whole = hashlib.sha256()
+    for entry in index.shards:
+        whole.update(f"{entry.sha256}\n".encode())
+    return whole.hexdigest()
+
+
 def _why_no_index(store: Store) -> str:
     if next(iter(store.list()), None) is None:
         return f"{store.uri} is empty; make shards with jobs/shard.py --input PHOTOS --output {store.uri}"

@@ -302,10 +302,19 @@ class UncertaintyBalance(Frozen):
 Balance = Annotated[FixedBalance | GradientBalance | UncertaintyBalance, Field(discriminator="kind")]
 
 
-def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
+def always_reach_output(terms: Sequence[Schedule]) -> bool:
+    """Whether at any time some term pulls at what the network makes, and not at its features alone."""
+    at_output = [term for term in terms if isinstance(term, FusionTerm) or not isinstance(term, TappedTerm)]
+    return all(any(term.at(moment) > 0 for term in at_output) for moment in _moments(terms))
+
+
+def _moments(terms: Sequence[Schedule]) -> list[float]:
     """Between two of these moments weights run straight, so a sum of zero would show at one of them."""
-    moments = {0.0, *(moment for term in terms for moment in term.ramp if moment < 1)}
-    for moment in sorted(moments):
+    return sorted({0.0, *(moment for term in terms for moment in term.ramp if moment < 1)})
+
+
+def _never_weightless(terms: Sequence[Schedule]) -> Sequence[Schedule]:
+    for moment in _moments(terms):
         if not any(term.at(moment) > 0 for term in terms):
             raise ValueError(f"no term has a weight at {moment:g} of the run; there is nothing to minimise")
     return terms

@@ -8,12 +8,12 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -24,6 +24,7 @@ from kdsr import provenance, shards
 from kdsr.background import Background
 from kdsr.checkpoint import (
     POINTERS,
+    Entry,
     StateStore,
     copied,
     is_imported,
@@ -43,7 +44,7 @@ from kdsr.config import (
 from kdsr.degrade import build_degradation, degradation_name
 from kdsr.engine import Engine, keep_freed_memory
 from kdsr.errors import CheckpointCorrupt, DataError, KdsrError, KeyNotFound, RequestError
-from kdsr.fit import StepReport, TrainState, fit, new_state
+from kdsr.fit import StepReport, TrainState, fit, new_state, share_gradients
 from kdsr.memory import is_sharded, recompute_blocks, shard
 from kdsr.models import (
     build_model,
@@ -79,6 +80,7 @@ from kdsr.terms import (
     PerceptualTerm,
     PixelTerm,
     TappedTerm,
+    always_reach_output,
 )
 from kdsr.tracking import MlflowRun, begin_mlflow
 from kdsr.upscale import Upscaler
@@ -109,6 +111,7 @@ FREE_FIELDS = {
 
 HELD_OUT = "heldout_psnr_y"
 """The metric that chooses among checkpoints, and among runs."""
+BEGUN_KEY = "begun.json"
 LOOKS = AdversarialTerm | PerceptualTerm
 """Terms that leave the mean of what HR may be, which PSNR asks for, for something that looks right."""
 LEAST_PLACES = 9
@@ -152,12 +155,36 @@ class Progress:
     """Checkpoints since the last one."""
 
 
+class Sources(Frozen):
+    """Which data and teachers a run learns from, whatever lies at their places by now."""
+
+    shards_sha256: str
+    """See `kdsr.shards.digest`."""
+    teacher_sha256: tuple[str, ...]
+    """Of each teacher, in the order of the config; none where nothing is asked of any."""
+
+
+class Begun(Frozen):
+    """`begun.json` beside a run's config: what the config does not say of the run that began."""
+
+    version: Literal[1] = 1
+    sources: Sources
+    precision: Literal["float32", "bfloat16"]
+    """Of the forward pass of all workers."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a run reads: all of it checked."""
 
     index: ShardIndex
     teachers: tuple[TeacherRef, ...]
+
+    @property
+    def sources(self) -> Sources:
+        """What identifies it."""
+        teachers = tuple(teacher.sha256 for teacher in self.teachers)
+        return Sources(shards_sha256=shards.digest(self.index), teacher_sha256=teachers)
 
 
 def check(config: RunConfig) -> Inputs:
@@ -166,7 +193,7 @@ def check(config: RunConfig) -> Inputs:
     Raises RequestError for shards that are not complete, for a teacher of another scale or other channels or
     none the better than bicubic, for an extractor that cannot be shared, for taps that do not exist or see
     too little, for stored outputs of another teacher or another LR, for a network that cannot begin from
-    `init_from`, and for a run of this name with other settings.
+    `init_from`, and for a run of this name with other settings, or begun on other shards or teachers.
     """
     index = shards.read_index(open_store(config.data.shards, config.store))
     if index.num_rows == index.num_heldout_rows:
@@ -180,18 +207,43 @@ def check(config: RunConfig) -> Inputs:
     teachers = _check_teachers(config, index) if _asks_teacher(config) else ()
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
+    inputs = Inputs(index, teachers)
     _require_same_run(run_store(config), config)
-    return Inputs(index, teachers)
+    _require_same_sources(config, inputs.sources)
+    return inputs
+
+
+class LastSave(NamedTuple):
+    """A checkpoint, and which object it is: a damaged one that was made again is another."""
+
+    step: int
+    key: str
+    etag: str
+
+
+def last_save(config: RunConfig) -> LastSave | None:
+    """What a start of this run goes on from, when that is whole; None for one that has saved nothing."""
+    if (entry := _last_entry(config)) is None:
+        return None
+    try:
+        return LastSave(entry.step, entry.key, run_store(config).stat(entry.key).etag)
+    except KeyNotFound:
+        return LastSave(entry.step, entry.key, "")
 
 
 def saved_step(config: RunConfig) -> int:
     """The step that a start of this run goes on from, when what was saved there is whole."""
+    entry = _last_entry(config)
+    return 0 if entry is None else entry.step
+
+
+def _last_entry(config: RunConfig) -> Entry | None:
     states = StateStore(run_store(config))
     for pointer in POINTERS:
         with contextlib.suppress(CheckpointCorrupt):
-            if (step := states.step(pointer)) is not None:
-                return step
-    return 0
+            if (entry := states.entry(pointer)) is not None:
+                return entry
+    return None
 
 
 def logged(config: RunConfig) -> list[dict[str, float]]:
@@ -223,10 +275,10 @@ def exported_card(config: RunConfig) -> Card | None:
 def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
     """Run, or go on with, the training that `config` asks for; only rank 0 yields where it validates.
 
-    Rank 0 writes `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end `model/`
-    under the run's name, all but the model beside the steps. A worker that is told to leave ends the run of
-    all of them after its step, with a checkpoint and before `num_steps`. Raises NonFiniteLoss with the last
-    good checkpoint kept, and CheckpointCorrupt when there are checkpoints and all of them are damaged.
+    Rank 0 writes `config.json`, `begun.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end
+    `model/` under the run's name, all but the model beside the steps. A worker that is told to leave ends the
+    run of all of them after its step, with a checkpoint and before `num_steps`. Raises NonFiniteLoss with the
+    last good checkpoint kept, and CheckpointCorrupt when there are checkpoints and all of them are damaged.
     """
     inputs = check(config)
     keep_freed_memory()
@@ -237,9 +289,11 @@ def train(config: RunConfig, worker: Worker = Worker()) -> Iterator[Progress]:
         state.load_state_dict(saved)
         unlogged = [StepReport(**report) for report in saved.get("unlogged", [])]
     history.resume(state.step)
+    precision = _precision(config, worker)
     if worker.rank == 0:
-        run_store(config).put("config.json", config.model_dump_json(indent=2).encode())
-    reports = _fit(config, state, objective, _pairs(config, inputs, state.cursor, worker), worker)
+        _write_down(config, Begun(sources=inputs.sources, precision=precision))
+    batches = _pairs(config, inputs, state.cursor, worker)
+    reports = _fit(config, state, objective, batches, worker, autocast_type(precision, worker.device))
     validate = _validator(config, inputs.index, worker, state)
     saver = _Saver(states, history)
     try:
@@ -265,7 +319,8 @@ def rehearse(
     inputs = check(config)
     state, objective = _begin(config, inputs, worker)
     batches = list(islice(_pairs(config, inputs, state.cursor, worker), num_batches))
-    return state, _fit(config, state, objective, cycle(batches), worker)
+    autocast = autocast_type(config.precision, worker.device)
+    return state, _fit(config, state, objective, cycle(batches), worker, autocast)
 
 
 def _consume(
@@ -389,6 +444,19 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
+def _precision(config: RunConfig, worker: Worker) -> Literal["float32", "bfloat16"]:
+    """What the forward pass has where the run began; with "auto" what suits its first worker, for all."""
+    if config.precision != "auto":
+        return config.precision
+    begun = _begun(config)
+    if begun is None:
+        takes_bfloat16 = autocast_type("auto", worker.device) is not None
+    else:
+        takes_bfloat16 = begun.precision == "bfloat16"
+    (counted,) = worker.total([float(worker.rank == 0 and takes_bfloat16)])
+    return "bfloat16" if counted else "float32"
+
+
 def _begin(config: RunConfig, inputs: Inputs, worker: Worker) -> tuple[TrainState, Objective]:
     """A run that has not begun, the same for the same seed."""
     torch.manual_seed(config.seed)
@@ -404,6 +472,7 @@ def _fit(
     objective: Objective,
     batches: Iterator[tuple[PairBatch, Cursor]],
     worker: Worker,
+    autocast: torch.dtype | None,
 ) -> Iterator[StepReport]:
     return fit(
         state,
@@ -411,10 +480,11 @@ def _fit(
         batches,
         until_step=config.num_steps,
         seed=mixed_seed(config.seed, worker.rank),
-        autocast=autocast_type(config.precision, worker.device),
+        autocast=autocast,
         after_step=objective.after_step,
         micro_batch=config.micro_batch,
         apart=objective.apart,
+        share=None if always_reach_output(config.terms) else share_gradients,
     )
 
 
@@ -528,6 +598,7 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
     if config.share_extractor:
         _check_extractor(config, cards[0])
     _check_taps(config, cards[0])
+    _check_grids(config, _taught_places(config, index, cards[0]))
     if needs_live_teacher(config.terms, index):
         _check_networks(config)
     return tuple(
@@ -548,6 +619,8 @@ def _check_networks(config: DistillConfig) -> None:
         loaded = load_model(config.teacher.uri, config.store)
         taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
         taps.widths(config.student.channels)
+        if is_imported(loaded.card) and _placed_terms(config):
+            _check_grids(config, _places(taps, config))
 
 
 @lru_cache(maxsize=8)
@@ -621,18 +694,27 @@ def _check_taps(config: DistillConfig, teacher: Card) -> None:
         if isinstance(term, PerceptualTerm) and term.network is None and not is_imported(teacher):
             for tap in term.taps:
                 require_tap(tap, teacher.spec.taps, who=f"the teacher ({teacher.name})")
-    _check_grids(config, teacher)
 
 
-def _check_grids(config: DistillConfig, teacher: Card) -> None:
+def _placed_terms(config: DistillConfig) -> list[CriticTerm | AttendedTerm | FusionTerm]:
+    """Those that look at places one by one."""
+    return [term for term in config.terms if isinstance(term, CriticTerm | AttendedTerm | FusionTerm)]
+
+
+def _taught_places(config: DistillConfig, index: ShardIndex, teacher: Card) -> dict[str, int]:
+    """How many places a patch has at taps of the teacher, as far as that is known without its weights."""
+    if is_imported(teacher):
+        return {tap.tap: (config.data.patch_size // tap.stride) ** 2 for tap in index.carried.taps}
+    names = [pair.teacher for term in _placed_terms(config) for pair in term.taps]
+    return _places_of(teacher.spec, names, config) if names else {}
+
+
+def _check_grids(config: DistillConfig, taught: Mapping[str, int]) -> None:
     """Raise RequestError for features of so few places that a term has nothing to work on."""
-    terms = [term for term in config.terms if isinstance(term, CriticTerm | AttendedTerm | FusionTerm)]
+    terms = _placed_terms(config)
     if not terms:
         return
-    student = _places(config.student, [pair.student for term in terms for pair in term.taps], config)
-    taught = {}
-    if not is_imported(teacher):
-        taught = _places(teacher.spec, [pair.teacher for term in terms for pair in term.taps], config)
+    student = _places_of(config.student, [pair.student for term in terms for pair in term.taps], config)
     for term in terms:
         for pair in term.taps:
             places = min(student[pair.student], taught.get(pair.teacher, student[pair.student]))
@@ -646,10 +728,18 @@ def _check_grids(config: DistillConfig, teacher: Card) -> None:
                 )
 
 
-def _places(spec: ModelSpec, taps: Sequence[str], config: RunConfig) -> dict[str, int]:
+def _places_of(spec: ModelSpec, taps: Sequence[str], config: RunConfig) -> dict[str, int]:
     """How many pixels a patch has at each tap."""
     grids = tap_grids(spec, taps, size=config.data.patch_size)
     return {tap: height * width for tap, (height, width) in grids.items()}
+
+
+@torch.no_grad()
+def _places(taps: Taps, config: RunConfig) -> dict[str, int]:
+    """The same of a network that no spec can build."""
+    size = config.data.patch_size
+    read = taps.features(torch.zeros(1, config.model.channels, size, size))
+    return {tap: features.shape[2] * features.shape[3] for tap, features in read.items()}
 
 
 def _asks_teacher(config: RunConfig) -> bool:
@@ -943,6 +1033,70 @@ def _require_same_run(store: Store, config: RunConfig) -> None:
             f"run {config.name} in {config.output} was begun with other settings ({'; '.join(changed)}); "
             f"choose another name, or delete {store.uri}"
         )
+
+
+def require_same_sources(configs: Iterable[RunConfig]) -> None:
+    """Raise RequestError for a run that began on other shards, or with other teachers, than lie there now.
+
+    `check` asks it of one run; this is for those that are compared, also where nothing of them is left to do.
+    """
+    found: dict[tuple[str, ...], Sources] = {}
+    for config in configs:
+        if _begun(config) is not None:
+            places = (config.data.shards, *(teacher.uri for teacher in _teachers(config)))
+            if places not in found:
+                found[places] = _sources(config)
+            _require_same_sources(config, found[places])
+
+
+def _sources(config: RunConfig) -> Sources:
+    index = shards.read_index(open_store(config.data.shards, config.store))
+    cards = [load_card(teacher.uri, config.store) for teacher in _teachers(config)]
+    return Sources(shards_sha256=shards.digest(index), teacher_sha256=tuple(card.sha256 for card in cards))
+
+
+def _require_same_sources(config: RunConfig, found: Sources) -> None:
+    """Raise RequestError when the run began on something else."""
+    if (begun := _begun(config)) is None or begun.sources == found:
+        return
+    teachers = _teachers(config)
+    pairs = zip(teachers, begun.sources.teacher_sha256, found.teacher_sha256, strict=False)
+    others = [(f"with another teacher at {each.uri}", before, now) for each, before, now in pairs]
+    data = (f"on other shards at {config.data.shards}", begun.sources.shards_sha256, found.shards_sha256)
+    changed = [
+        f"{what} (sha256 was {before[:12]}, now {now[:12]})"
+        for what, before, now in (data, *others)
+        if before != now
+    ]
+    if changed:
+        raise RequestError(
+            f"run {config.name} in {config.output} was begun {', and '.join(changed)}; put back what was "
+            f"there, choose another name, or delete {run_store(config).uri}"
+        )
+
+
+def _teachers(config: RunConfig) -> tuple[TeacherConfig, ...]:
+    """Those that something is asked of."""
+    return config.teachers if isinstance(config, DistillConfig) and _asks_teacher(config) else ()
+
+
+def _begun(config: RunConfig) -> Begun | None:
+    """What the run began with; None for one that has not begun, or before this was written down."""
+    store = run_store(config)
+    try:
+        return Begun.model_validate_json(store.get(BEGUN_KEY))
+    except KeyNotFound:
+        return None
+    except ValidationError as error:
+        raise DataError(f"{store.uri}/{BEGUN_KEY} is not what a run began with: {error}; delete it") from None
+
+
+def _write_down(config: RunConfig, begun: Begun) -> None:
+    """What was asked for now, and what the run began with, once."""
+    store = run_store(config)
+    store.put("config.json", config.model_dump_json(indent=2).encode())
+    if not store.exists(BEGUN_KEY):
+        store.put(BEGUN_KEY, begun.model_dump_json(indent=2).encode())
 
 
 RowT = TypeVar("RowT", bound="RunRow")

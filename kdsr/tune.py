@@ -15,6 +15,7 @@ from kdsr.training import (
     Worker,
     discard_checkpoints,
     logged,
+    require_same_sources,
     row_beside,
     run_store,
     saved_step,
@@ -92,8 +93,12 @@ def discard_left_over(config: TuneConfig) -> None:
         discard_checkpoints(trial.config)
 
 
-def check(trials: Sequence[Trial]) -> None:
-    """Raise RequestError when no trial can run, before any does. Of some, the cause becomes their row."""
+def check(config: TuneConfig, trials: Sequence[Trial]) -> None:
+    """Raise RequestError when no trial can run, before any does. Of some, the cause becomes their row.
+
+    Also when an earlier trial of the search was begun on other shards or teachers.
+    """
+    require_same_sources(trial.config for trial in config.trials())
     causes = []
     for trial in trials:
         try:

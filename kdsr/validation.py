@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import resources
-from itertools import islice
+from itertools import groupby, islice, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +45,11 @@ def mean_psnr_y(upscale: Callable[[Image], Image], pairs: Sequence[Pair], *, bor
 def heldout_pairs(
     store: Store, index: ShardIndex, *, degrade: Degrade, scale: int, channels: Channels, limit: int
 ) -> list[Pair]:
-    """The first `limit` held-out sub-images of the index, with the LR that training would make of them."""
-    rows = islice(_heldout_rows(store, index), limit)
+    """`limit` held-out sub-images, or all, with the LR that training would make; always the same ones.
+
+    One of each photograph in turn, in the order of the index: those beside each other show the same.
+    """
+    rows = _heldout_rows(store, index, limit)
     return _pairs(rows, degrade=degrade, scale=scale, channels=channels)
 
 
@@ -170,14 +174,36 @@ def _answer(model: SrModel, image: Image, *, name: str) -> Image:
     return _image(sr)
 
 
-def _heldout_rows(store: Store, index: ShardIndex) -> Iterator[shards.Row]:
-    for entry in index.shards:
-        if entry.num_heldout_rows == 0:
-            continue
-        for group in range(len(entry.row_groups)):
-            yield from (
-                row for row in shards.read_row_group(store, entry, group, columns=("image",)) if row.heldout
-            )
+class _Place(NamedTuple):
+    """Where one row lies."""
+
+    shard: int
+    group: int
+    number: int
+
+
+def _heldout_rows(store: Store, index: ShardIndex, limit: int) -> list[shards.Row]:
+    chosen = _heldout_places(store, index, limit)
+    found: dict[_Place, shards.Row] = {}
+    for (shard, group), places in groupby(sorted(chosen), key=lambda place: place[:2]):
+        rows = shards.read_row_group(store, index.shards[shard], group, columns=("image",))
+        found.update((place, rows[place.number]) for place in places)
+    return [found[place] for place in chosen]
+
+
+def _heldout_places(store: Store, index: ShardIndex, limit: int) -> list[_Place]:
+    """The first row of as many photographs, then the second of each, and so on."""
+    photographs: dict[str, list[_Place]] = {}
+    for shard, entry in enumerate(index.shards):
+        for group in range(len(entry.row_groups)) if entry.num_heldout_rows else ():
+            # The small columns alone: most rows are trained on, and their images are large.
+            for number, row in enumerate(shards.read_row_group(store, entry, group, columns=())):
+                if row.heldout:
+                    photographs.setdefault(row.key, []).append(_Place(shard, group, number))
+            if len(photographs) >= limit:
+                return [places[0] for places in photographs.values()][:limit]
+    turns = zip_longest(*photographs.values())
+    return [place for turn in turns for place in turn if place is not None][:limit]
 
 
 def _training_rows(store: Store, index: ShardIndex, limit: int) -> Iterator[shards.Row]:

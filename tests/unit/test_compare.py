@@ -225,6 +225,28 @@ def test_a_row_of_other_settings_is_refused_by_name(folder: Path) -> None:
         pending(other)
 
 
+def test_cells_of_other_shards_or_of_another_teacher_do_not_stand_in_one_table(folder: Path) -> None:
+    """Those that are done too."""
+    config = config_of(folder, seeds=[0])
+    alone, output = pending(config)
+    run(config, alone)
+    check(config, pending(config))
+    next(run_cell(output, benchmarks_of(config), Worker()))
+    spec = EspcnSpec(scale=2, num_features=8)
+    card = Card(name="teacher", spec=spec, num_parameters=0, sha256="")
+    save_model(open_store(f"file://{folder}/teacher"), build_model(spec).eval(), card)
+    with pytest.raises(RequestError, match=r"tiny-output-0: run tiny-output-0 .* with another teacher at"):
+        check(config, pending(config))
+    run_store(output).delete("begun.json")
+    check(config, pending(config))
+    rows = [row(f"{seed}", photograph(seed + 9, height=48, width=48), heldout=seed == 0) for seed in range(3)]
+    write_set(open_store(f"file://{folder}/shards"), [rows])
+    assert pending(config) == [output]
+    with pytest.raises(RequestError, match=r"^run tiny-alone-0 in .* was begun on other shards at"):
+        check(config, pending(config))
+    check(config, [])
+
+
 def test_the_cost_of_a_step_is_measured_once_and_leaves_no_run(folder: Path) -> None:
     config = config_of(folder)
     ledger, cell = Ledger(config), config.cells()[1]

@@ -1,5 +1,6 @@
 """Teacher outputs in shards: those of the teacher for the LR that training makes, made once."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from kdsr import codecs
 from kdsr.config import BicubicDegradation, DataConfig
 from kdsr.degrade import build_degradation
 from kdsr.engine import Engine
-from kdsr.errors import RequestError
+from kdsr.errors import RequestError, StoreError
 from kdsr.label import Labeller, label_shard, labelled_index, withdraw_index
 from kdsr.models import build_model
 from kdsr.pairs import PairMaker, PatchReader
@@ -19,6 +20,7 @@ from kdsr.spec import Card, EspcnSpec
 from kdsr.store import open_store
 from kdsr.upscale import Upscaler
 from kdsr.validation import make_pair
+from tests.dying import Dying
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
 
@@ -49,12 +51,11 @@ def place(tmp_path):
     return source, write_set(source, [rows[:2], rows[2:]]), target
 
 
-def label(place, upscaler, *, sha256=CARD.sha256):
+def label(place, upscaler, *, sha256=CARD.sha256, precision="float32"):
     source, index, target = place
+    labeller = Labeller(upscaler, precision=precision)
     return [
-        label_shard(
-            source, entry, target, labeller=Labeller(upscaler), teacher_sha256=sha256, row_group_bytes=1
-        )
+        label_shard(source, entry, target, labeller=labeller, teacher_sha256=sha256, row_group_bytes=1)
         for entry in index.shards
     ]
 
@@ -153,6 +154,38 @@ def test_another_teacher_or_another_source_is_labelled_anew(place, upscaler):
     changed = write_set(source, [[row("new", photograph(9, height=40, width=40))], []][:1])
     (third,) = label((source, changed, target), other, sha256="b" * 64)
     assert [r.key for r in rows_of(target, [third])] == ["new"]
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_shard_of_another_teacher_that_was_cut_off_is_not_taken_for_done(place, upscaler, writes):
+    """Killed before it says goodbye to the old shard, or when the new one is there and its note is not."""
+    source, index, target = place
+    first = label(place, upscaler)
+    other = Upscaler(Engine(build_model(SPEC)))
+    with pytest.raises(StoreError, match=r"died before it could .*\.json"):
+        label((source, index, Dying(target, after=writes)), other, sha256="b" * 64)
+    assert label(place, upscaler) == first
+    for entry in first:
+        verify(target, entry)
+
+
+def test_labels_of_another_precision_are_made_anew_and_those_of_unknown_precision_are_not(place, upscaler):
+    _, index, target = place
+    first = label(place, upscaler)
+    write_index(target, labelled_index(index, first, CARD))
+    withdraw_index(index, target, teacher_sha256=CARD.sha256)
+    assert target.exists("index.json")
+    withdraw_index(index, target, teacher_sha256=CARD.sha256, precision="bfloat16")
+    assert not target.exists("index.json")
+    label(place, upscaler, precision="bfloat16")
+    notes = {f"{entry.key}.json": json.loads(target.get(f"{entry.key}.json")) for entry in first}
+    assert [note.pop("precision") for note in notes.values()] == ["bfloat16"] * len(first)
+    for key, note in notes.items():
+        target.put(key, json.dumps(note).encode())
+    before = files(target)
+    for precision in ("float32", "bfloat16"):
+        label(place, upscaler, precision=precision)
+    assert files(target) == before
 
 
 def test_labels_can_be_labelled_again(place, upscaler):

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from kdsr import lease
-from kdsr.errors import RequestError
-from kdsr.lease import Holder, held
+from kdsr.errors import KdsrError, RequestError
+from kdsr.lease import Holder, held, held_throughout
 from kdsr.store import open_store
 
 FAR = Holder(host="elsewhere", pid=7, process="")
@@ -86,6 +87,20 @@ def test_a_holder_shows_life_and_learns_that_it_lost_its_lease(store, quick):
         store.put("lease-000000002.json", FAR.model_dump_json().encode())
         assert lost.wait(60)
     assert keys(store) == ["lease-000000002.json"]
+
+
+def test_who_waits_for_others_is_interrupted_where_the_lease_is_lost(store, quick):
+    def wait():
+        store.put("lease-000000009.json", FAR.model_dump_json().encode())
+        for _ in range(600):
+            time.sleep(0.1)
+        pytest.fail("nobody was interrupted")
+
+    words = "another process has taken over the search while this one was away"
+    with pytest.raises(KdsrError, match=words), held_throughout(store, what="the search"):
+        wait()
+    with pytest.raises(KeyboardInterrupt), held_throughout(open_store(f"{store.uri}-b"), what="the search"):
+        raise KeyboardInterrupt
 
 
 def test_of_many_that_want_it_at_once_one_gets_it(store, quick):

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.train import _require_progress
 from kdsr import training
 from kdsr.checkpoint import StateStore
-from kdsr.errors import CheckpointCorrupt, StoreError
-from kdsr.training import Worker, run_store, saved_step, train
+from kdsr.errors import CheckpointCorrupt, KdsrError, StoreError
+from kdsr.training import Worker, last_save, run_store, saved_step, train
 from tests.dying import Dying
 from tests.whole_runs import config_of, history, make_places, outcome
 
@@ -117,6 +118,28 @@ def test_a_run_goes_on_from_the_state_before_when_its_last_one_is_damaged(places
     assert outcome(config) == whole
 
 
+@pytest.mark.parametrize("again", [1, 2])
+def test_workers_that_leave_before_a_damaged_step_or_at_it_have_taken_a_step(places, tmp_path, capsys, again):
+    """The one at that step is made again to the last bit."""
+    config = config_for(places, tmp_path, num_validation_images=0, save_every_steps=100)
+
+    def leave_after(count):
+        steps = itertools.count(1)
+        list(train(config, Worker(is_told_to_leave=lambda: next(steps) >= count)))
+
+    leave_after(2)
+    leave_after(2)
+    store, damaged_key = run_store(config), StateStore(run_store(config)).entry("latest").key
+    store.put(damaged_key, store.get(damaged_key)[:-100])
+    damaged = last_save(config)
+    with pytest.raises(KdsrError, match="left at step 4 without taking a step"):
+        _require_progress(config, since=damaged)
+    leave_after(again)
+    assert saved_step(config) == 2 + again
+    _require_progress(config, since=damaged)
+    assert f"saved step {2 + again}; going on" in capsys.readouterr().err
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(places, tmp_path):
     config = config_for(places, tmp_path)
     list(train(config, Worker(is_told_to_leave=lambda: saved_step(config) >= 4)))
@@ -132,7 +155,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_leaves_them_alone(p
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_reason(places, tmp_path):
     """Training goes on beside the write, but not for long without one."""
     config = config_for(places, tmp_path, num_steps=50, num_validation_images=0)
-    store = Dying(run_store(config), after=1)
+    store = Dying(run_store(config), after=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "run_store", lambda _: store)
         with pytest.raises(StoreError, match=r"died before it could write metrics\.jsonl"):

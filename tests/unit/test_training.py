@@ -10,6 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
+from kdsr import training
 from kdsr.checkpoint import StateStore, load_model, save_model
 from kdsr.config import (
     ClusterConfig,
@@ -24,16 +25,18 @@ from kdsr.config import (
 from kdsr.degrade import bicubic_lr, build_degradation
 from kdsr.errors import NonFiniteLoss, RequestError
 from kdsr.models import build_model, fold, inherit_slice, share_extractor
-from kdsr.shards import read_index
+from kdsr.shards import read_index, write_index
 from kdsr.spec import (
     Card,
     DamSpec,
     EdsrSpec,
     EspcnSpec,
     FsrcnnSpec,
+    Labels,
     PatchDiscriminatorSpec,
     RepChainSpec,
     RrdbnetSpec,
+    StoredTap,
     TeacherRef,
     UnetSpec,
 )
@@ -347,6 +350,105 @@ def test_another_run_of_the_same_name_is_refused_by_field(finished, change, name
         check(config)
 
 
+def begun_run(config, *, steps=2):
+    """The run after its first words, with a checkpoint."""
+    for progress in train(config):
+        if progress.step >= steps:
+            break
+    assert store_of(config).exists("begun.json")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_run_does_not_go_on_with_other_shards_at_the_place_of_its_own(tmp_path, teacher, labelled):
+    def write(number):
+        if labelled:
+            return labelled_set(tmp_path, ref_of(teacher), value=number)
+        store = open_store(f"file://{tmp_path}/plain")
+        rows = [row(f"photo-{i}.png", photo(i + number), heldout=i in HELDOUT) for i in range(6)]
+        write_set(store, [rows[:3], rows[3:]])
+        return store.uri
+
+    config = distil_config(write(0), tmp_path, teacher, terms=(PixelTerm(), OutputTerm()))
+    begun_run(config)
+    write(9)
+    digests = r"\(sha256 was [0-9a-f]{12}, now [0-9a-f]{12}\)"
+    words = rf"run run in .* was begun on other shards at {config.data.shards} {digests}; put back"
+    with pytest.raises(RequestError, match=words):
+        list(train(config))
+    write(0)
+    list(train(config))
+    assert exported_card(config) is not None
+
+
+@pytest.mark.parametrize("other", ["first", "second"])
+def test_a_run_does_not_go_on_with_another_teacher_at_the_place_of_its_own(shards, tmp_path, other):
+    uris = {name: f"file://{tmp_path}/{name}" for name in ("first", "second")}
+    for seed, (name, uri) in enumerate(uris.items()):
+        saved_model(uri, TEACHER, seed=seed, name=name)
+    second = TeacherConfig(uri=uris["second"], force=True)
+    config = distil_config(shards, tmp_path, uris["first"], co_teachers=(second,), terms=(OutputTerm(),))
+    begun_run(config)
+    saved_model(uris[other], TEACHER, seed=7, name=other)
+    words = rf"run run in .* was begun with another teacher at {uris[other]} \(sha256 was .*; put back"
+    with pytest.raises(RequestError, match=words):
+        check(config)
+    assert check(config.model_copy(update={"name": "another"})).sources.teacher_sha256
+
+
+def test_a_run_that_did_not_write_down_what_it_began_on_goes_on_and_does_so(tmp_path, teacher):
+    config = config_for(labelled_set(tmp_path, ref_of(teacher), value=0), tmp_path)
+    begun_run(config)
+    store_of(config).delete("begun.json")
+    labelled_set(tmp_path, ref_of(teacher), value=9)
+    begun_run(config, steps=3)
+    labelled_set(tmp_path, ref_of(teacher), value=0)
+    with pytest.raises(RequestError, match="was begun on other shards"):
+        check(config)
+
+
+@pytest.mark.parametrize("began_in", ["float32", "bfloat16"])
+def test_a_run_keeps_the_type_that_its_first_worker_took_where_it_began(
+    shards, tmp_path, monkeypatch, began_in
+):
+    config = config_for(shards, tmp_path, precision="auto")
+    other = {"float32": torch.bfloat16, "bfloat16": None}[began_in]
+    taken = {"float32": None, "bfloat16": torch.bfloat16}[began_in]
+
+    def suits(device_takes):
+        own = training.autocast_type
+        monkeypatch.setattr(
+            training,
+            "autocast_type",
+            lambda name, device: device_takes if name == "auto" else own(name, device),
+        )
+
+    suits(taken)
+    begun_run(config)
+    assert json.loads(store_of(config).get("begun.json"))["precision"] == began_in
+    suits(other)
+    list(train(config))
+    asked = config_for(shards, tmp_path, name="asked", precision=began_in)
+    list(train(asked))
+    assert same(weights_of(config), weights_of(asked))
+
+
+def test_what_suits_the_first_worker_is_taken_by_all(shards, tmp_path, monkeypatch):
+    """The others hear it in a sum, to which they add nothing."""
+    config = config_for(shards, tmp_path, precision="auto")
+    told: list[float] = []
+
+    def total(values):
+        told.extend(values)
+        return [1.0]
+
+    monkeypatch.setattr(training, "autocast_type", lambda name, device: None)
+    assert training._precision(config, Worker(rank=1, world_size=2, total=total)) == "bfloat16"
+    monkeypatch.setattr(training, "autocast_type", lambda name, device: torch.bfloat16)
+    assert training._precision(config, Worker(rank=1, world_size=2, total=total)) == "bfloat16"
+    assert training._precision(config, Worker(rank=0, world_size=2, total=total)) == "bfloat16"
+    assert told == [0.0, 0.0, 1.0]
+
+
 def test_what_does_not_change_the_result_may_change(finished):
     config = finished[0]
     check(
@@ -628,6 +730,39 @@ def test_features_of_too_few_places_are_refused_before_anything_starts(
         check(config)
     fine = term.model_copy(update={"taps": (TapPair(student="decoder.0", teacher="trunk"),)})
     check(config.model_copy(update={"terms": (PixelTerm(), fine)}))
+
+
+SEVENTEEN = CriticTerm(positions=17, taps=(TapPair(student="layers.0", teacher="body.0"),))
+
+
+def halved_network(path):
+    """A public network whose trunk has a place for each four pixels of LR."""
+    spec = RrdbnetSpec(scale=2, num_features=4, num_growth=4, num_blocks=1, unshuffle=True)
+    torch.save(build_model(spec).state_dict(), path)
+    return str(path)
+
+
+def test_features_of_too_few_places_of_a_public_teacher_are_refused_too(shards, tmp_path):
+    uri = halved_network(tmp_path / "public.pth")
+    config = distil_config(shards, tmp_path, uri, terms=(PixelTerm(), SEVENTEEN))
+    words = "critic term looks at 17 places or more, .* has 16 at 'layers.0' and 'body.0'"
+    with pytest.raises(RequestError, match=words):
+        check(config)
+    data = config.data.model_copy(update={"patch_size": 10})
+    assert check(config.model_copy(update={"data": data})).teachers
+
+
+def test_stored_features_of_too_few_places_of_a_public_teacher_are_refused(tmp_path):
+    uri = halved_network(tmp_path / "public.pth")
+    plain = labelled_set(tmp_path, ref_of(uri))
+    index = read_index(open_store(plain))
+    labels = Labels(taps=(StoredTap(tap="body.0", width=4, rank=4, stride=2),))
+    write_index(open_store(plain), index.model_copy(update={"labels": labels}))
+    config = distil_config(plain, tmp_path, uri, terms=(PixelTerm(), SEVENTEEN))
+    with pytest.raises(RequestError, match="critic term looks at 17 places or more, .* has 16 at"):
+        check(config)
+    data = config.data.model_copy(update={"patch_size": 10})
+    assert check(config.model_copy(update={"data": data})).teachers
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,23 @@ def test_a_trial_that_breaks_is_a_row_with_its_cause_and_is_left_alone(shards: P
     assert len(pending(broken.model_copy(update={"retry_failed": True}))) == 1
     assert write_search(broken).sentence == "no trial is measured yet; 1 failed of 1 trials"
     with pytest.raises(RequestError, match="none of 1 trials can run; trial-000: init_from"):
-        check(broken.trials())
+        check(broken, broken.trials())
 
 
 def test_a_search_with_another_space_does_not_take_over_what_lies_there(shards: Path) -> None:
     conclude(config_of(shards).trials()[0], {1: 20.0}, "done")
     with pytest.raises(RequestError, match=r"trial-000 was trained with other settings \(seed: was 0, now 7"):
         pending(config_of(shards, space={"seed": {"choice": [7]}, RATE: {"log_uniform": [1e-4, 1e-2]}}))
+
+
+def test_a_search_that_was_begun_on_other_shards_is_refused_by_name(shards: Path) -> None:
+    config = config_of(shards)
+    list(run_trial(config.trials()[0], Worker()))
+    check(config, pending(config))
+    rows = [row(f"{seed}", photograph(seed + 9, height=40, width=40), heldout=seed == 0) for seed in range(3)]
+    write_set(open_store(f"file://{shards}/shards"), [rows])
+    with pytest.raises(RequestError, match=r"^run trial-000 in .* was begun on other shards at .*/shards"):
+        check(config, pending(config))
 
 
 def test_choices_of_any_kind_have_short_names_and_are_drawn(shards: Path) -> None:

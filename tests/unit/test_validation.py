@@ -61,7 +61,7 @@ def test_a_random_degradation_depends_on_the_seed_alone():
     assert np.array_equal(one, again) and not np.array_equal(one, other)
 
 
-def test_pairs_are_the_first_held_out_rows_of_the_index_and_no_others(tmp_path):
+def test_pairs_are_the_first_held_out_photographs_of_the_index_and_no_others(tmp_path):
     store = open_store(f"file://{tmp_path}")
     rows = [row(f"{i}", photograph(i, height=24, width=28), heldout=i in {1, 2, 5, 6}) for i in range(8)]
     index = write_set(store, [rows[:4], rows[4:5], rows[5:]])
@@ -73,6 +73,29 @@ def test_pairs_are_the_first_held_out_rows_of_the_index_and_no_others(tmp_path):
 
     assert names(3) == ["1", "2", "5"]
     assert names(100) == ["1", "2", "5", "6"]
+
+
+@pytest.mark.parametrize("row_group_bytes", [1, 2**30])
+def test_held_out_pairs_are_of_as_many_photographs_as_there_are(tmp_path, row_group_bytes):
+    """Two photographs are cut into three sub-images each; of a third one there is one, in another shard."""
+    store = open_store(f"file://{tmp_path}")
+    cut = {"a": (0, 1, 2), "trained": (3, 4), "b": (5, 6, 7), "c": (8,)}
+    rows = [
+        row(key, photograph(number, height=24, width=28), heldout=key != "trained")
+        for key, numbers in cut.items()
+        for number in numbers
+    ]
+    index = write_set(store, [rows[:8], rows[8:]], row_group_bytes=row_group_bytes)
+
+    def found(limit):
+        pairs = heldout_pairs(store, index, degrade=BICUBIC, scale=2, channels=3, limit=limit)
+        pictures = {photograph(n, height=24, width=28).tobytes(): n for n in range(9)}
+        return [(pair.name, pictures[pair.hr.pixels.tobytes()]) for pair in pairs]
+
+    assert found(2) == [("a", 0), ("b", 5)]
+    assert found(3) == [("a", 0), ("b", 5), ("c", 8)]
+    assert found(5) == [*found(3), ("a", 1), ("b", 6)]
+    assert found(100) == [*found(5), ("a", 2), ("b", 7)]
 
 
 def test_what_is_trained_on_is_measured_on_sub_images_from_all_over_the_set(tmp_path):

@@ -12,7 +12,17 @@ from kdsr.objectives import build_objective
 from kdsr.pairs import PairBatch
 from kdsr.spec import Card, EdsrSpec, EspcnSpec, PatchDiscriminatorSpec
 from kdsr.store import open_store
-from kdsr.terms import AdversarialTerm, FeatureTerm, OutputTerm, PixelTerm, TapPair, UncertaintyBalance
+from kdsr.terms import (
+    AdversarialTerm,
+    AttendedTerm,
+    FeatureTerm,
+    FusionTerm,
+    OutputTerm,
+    PixelTerm,
+    TapPair,
+    UncertaintyBalance,
+    always_reach_output,
+)
 from kdsr.training import train
 from tests.pictures import photograph
 from tests.processes import over_processes
@@ -87,9 +97,14 @@ def alone(places, tmp_path_factory):
     return learned(output), logged_losses(output)
 
 
-def work(worker, config, folder):
-    """A whole run, and then a step of a discriminator alone: in the same processes, which start slowly."""
-    list(train(config, worker))
+LATE = (PixelTerm(weight=0.0, final_weight=1.0, ramp=(0.5, 0.5)), FeatureTerm(taps=TAPS, weight=0.1))
+"""For half of the run the features alone are compared, and the layers behind them have no gradient."""
+
+
+def work(worker, folder, *configs):
+    """Whole runs, and then a step of a discriminator alone: in the same processes, which start slowly."""
+    for config in configs:
+        list(train(config, worker))
     pass_unequally(worker, folder)
 
 
@@ -110,15 +125,16 @@ def pass_unequally(worker, folder):
 def together(request, places, tmp_path_factory):
     """What workers leave. Four share six lanes unequally, and pass unequal numbers of micro-batches."""
     folder, (num_workers, micro_batch) = tmp_path_factory.mktemp("together"), request.param
-    config = config_for(places, folder / "runs", num_steps=50, micro_batch=micro_batch)
-    over_processes(work, config, folder, num_workers=num_workers, folder=folder)
+    whole = config_for(places, folder / "whole", num_steps=50, micro_batch=micro_batch)
+    late = config_for(places, folder / "late", num_steps=8, micro_batch=micro_batch, terms=LATE)
+    over_processes(work, folder, whole, late, num_workers=num_workers, folder=folder)
     return folder
 
 
 def test_workers_take_the_steps_of_one_with_all_patches(alone, together):
     state, losses = alone
-    assert furthest(learned(together / "runs"), state) < 1e-5
-    assert len(losses) >= 3 and logged_losses(together / "runs") == pytest.approx(losses, abs=1e-5)
+    assert furthest(learned(together / "whole"), state) < 1e-5
+    assert len(losses) >= 3 and logged_losses(together / "whole") == pytest.approx(losses, abs=1e-5)
 
 
 def test_workers_that_pass_unequally_often_keep_the_spectral_norms_that_the_first_one_saves(together):
@@ -126,6 +142,31 @@ def test_workers_that_pass_unequally_often_keep_the_spectral_norms_that_the_firs
     assert others and any(name.endswith("._u") for name in first)
     for other in others:
         assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_workers_take_the_steps_of_one_where_the_loss_does_not_reach_the_output(places, together, tmp_path):
+    list(train(config_for(places, tmp_path, num_steps=8, terms=LATE)))
+    assert furthest(learned(together / "late"), learned(tmp_path)) < 1e-5
+
+
+FEATURES = FeatureTerm(taps=TAPS)
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ((PixelTerm(), FEATURES), True),
+        ((PixelTerm(weight=1.0, final_weight=0.0), FEATURES), True),
+        ((PixelTerm(weight=1.0, final_weight=0.0, ramp=(0.2, 0.8)), FEATURES), False),
+        ((PixelTerm(weight=0.0, final_weight=1.0), FEATURES), False),
+        ((PixelTerm(weight=0.0, final_weight=1.0, ramp=(0.0, 0.0)), FEATURES), True),
+        ((PixelTerm(weight=0.0, final_weight=1.0, ramp=(0.0, 0.5)), OutputTerm(), FEATURES), True),
+        ((FusionTerm(taps=TAPS),), True),
+        ((AttendedTerm(taps=TAPS, by="error"),), False),
+    ],
+)
+def test_it_is_known_whether_each_step_has_a_loss_that_reaches_the_output(terms, expected):
+    assert always_reach_output(terms) == expected
 
 
 @pytest.mark.parametrize("more", [{}, {"terms": (*LEARNING, AGAINST)}])
