@@ -177,12 +177,12 @@ class Soak:
         self._row("overload", **during.row(), recovered_seconds=recovered, **memory.row())
 
     def _recovered(self, wanted: float) -> float | None:
-        """Seconds until `wanted` requests a second are answered; None when they are not within a minute."""
+        """Seconds until `wanted` requests a second were seen to be answered; None after a minute without."""
         began = time.perf_counter()
-        while (passed := time.perf_counter() - began) < 60:
+        while time.perf_counter() - began < 60:
             stream = self._files.stream("again", [SIDE], seconds=3, users=CROWD, warm=0.5)
             if self._send(stream)["again"].requests_s >= wanted:
-                return passed
+                return time.perf_counter() - began
         return None
 
     def _mutations(self) -> None:
