@@ -9,6 +9,7 @@ import _thread
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ RENEW_SECONDS = 10.0
 DEAD_SECONDS = 45.0
 """Who has not renewed for so long is dead. Measured by whoever waits: clocks of machines differ."""
 LOOK_SECONDS = 1.0
+INTERRUPT = signal.SIGUSR1
+"""Not SIGINT, which programs in the background of a script ignore."""
 PREFIX = "lease-"
 
 
@@ -105,9 +108,9 @@ def held_throughout(store: Store, *, what: str) -> Iterator[None]:
 
     def interrupt() -> None:
         lost.set()
-        _thread.interrupt_main()
+        _thread.interrupt_main(INTERRUPT)
 
-    with held(store, what=what) as lease:
+    with held(store, what=what) as lease, _interrupted_by(INTERRUPT):
         lease.when_lost = interrupt
         try:
             yield
@@ -115,6 +118,15 @@ def held_throughout(store: Store, *, what: str) -> Iterator[None]:
             if not lost.is_set():
                 raise
             raise KdsrError(f"another process has taken over {what} while this one was away") from None
+
+
+@contextmanager
+def _interrupted_by(number: int) -> Iterator[None]:
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _take(store: Store, what: str) -> Lease:
