@@ -29,7 +29,7 @@ demo: setup ## the whole main job on a few photographs; ends with a table and a 
 test: setup browser ## all tests but the long ones; the S3 ones start their own server
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long" $(PYTEST_ARGS)
 
-test-long: setup ## those that hit, stop and begin again whole jobs: a quarter of an hour
+test-long: setup ## those that hit, stop and begin again whole jobs: some 25 minutes on two cores
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: setup ## style, formatting and types
