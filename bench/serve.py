@@ -140,7 +140,7 @@ def stages_alone(files: Sequence[str], precision: str, seconds: float) -> dict[s
 
     engine = Engine(load_model(MODEL).model, precision=precision)
     rows: list[tuple[float, ...]] = []
-    with ComputeThreads(CORES) as compute:
+    with ComputeThreads(CORES, splits_lone_tiles=True) as compute:
         upscaler = Upscaler(engine, compute=compute)
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(rows) < 8:

@@ -18,7 +18,13 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions
+from ray.serve.config import (
+    AutoscalingConfig,
+    AutoscalingContext,
+    AutoscalingPolicy,
+    ControllerOptions,
+    HTTPOptions,
+)
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -36,8 +42,14 @@ APP_NAME = "kdsr"
 _THIS_PROCESS = uuid.uuid4().hex
 ENTRANCE_CPUS = 0.1
 """It mostly waits; what it hashes and reads from headers is little."""
-FEW_ARENAS = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
-"""For processes of many threads, which share these: glibc keeps what is freed in each of its arenas."""
+WITH_THE_MESSAGE = {
+    "RAY_max_direct_call_object_size": str(8 * 2**20),
+    "RAY_task_rpc_inlined_bytes_limit": str(32 * 2**20),
+}
+"""Images of up to 8 MB go along from process to process. Ray would put what is above 100 KB into the object
+store and fetch it from there, at each hop, which takes longer than to copy it."""
+PROCESS = {"env_vars": {"MALLOC_ARENA_MAX": "2", **WITH_THE_MESSAGE}}
+"""For processes of many threads, which share two arenas: glibc keeps what is freed in each of them."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
 """How long a description is taken for the present one, and how long it is better than none."""
 ANSWER_SECONDS = 3.0
@@ -185,7 +197,7 @@ def app(args: ServeConfig) -> serve.Application:
     entrance = _unchanged(serve.deployment(serve.ingress()(Entrance)), settings).options(
         name="Entrance",
         num_replicas=args.entrances,
-        ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": FEW_ARENAS},
+        ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": PROCESS},
         max_ongoing_requests=1000,
         **_draining(args),
     )
@@ -224,7 +236,7 @@ def _replica_options(config: ServeConfig) -> dict[str, Any]:
         "ray_actor_options": {
             "num_cpus": cpus,
             "num_gpus": 1 if cluster.use_gpu else 0,
-            "runtime_env": FEW_ARENAS,
+            "runtime_env": PROCESS,
         },
         # Admission refuses what is too much, at once; here nothing is to wait without being counted.
         "max_ongoing_requests": 16 * MAX_CALLS,
@@ -278,7 +290,11 @@ def start(config: ServeConfig) -> str:
     check_table(config)
     session.connect(config.cluster)
     session.require_capacity(config.cluster, num_workers=config.cluster.least_workers)
-    serve.start(proxy_location="EveryNode", http_options=http_options(config))
+    serve.start(
+        proxy_location="EveryNode",
+        http_options=http_options(config),
+        controller_options=ControllerOptions(runtime_env={"env_vars": WITH_THE_MESSAGE}),
+    )
     serve.run(app(config), name=APP_NAME, route_prefix="/")
     scheme = "http" if config.tls_certificate is None else "https"
     return f"{scheme}://{config.host}:{config.port}"

@@ -4,9 +4,10 @@ Owns device, number type and memory layout. Knows no images and no files, nor wh
 """
 
 import copy
+import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from math import log10
@@ -133,6 +134,17 @@ class Engine:
     def megapixels_per_second(self) -> float:
         """Of output, measured for a fraction of a second on this machine with all that torch uses of it."""
         return Probe(self._spec, self._exact).megapixels_per_second(self._fast)
+
+    def same_on_many_cores(self, num_threads: int) -> bool:
+        """Whether a photograph comes out the same to the byte on one core and on so many.
+
+        oneDNN splits a layer's outputs over cores and no sum, but promises nothing.
+        """
+        before = torch.get_num_threads()
+        try:
+            return Probe(self._spec, self._exact).is_same(self._fast, num_threads=(1, num_threads))
+        finally:
+            torch.set_num_threads(before)
 
     def _warm_up(self) -> None:
         """Run once, so that the first image is not the slow one and a broken network is found at once."""
@@ -315,6 +327,14 @@ class Probe:
             )
         return None
 
+    def is_same(self, network: Network, *, num_threads: Sequence[int]) -> bool:
+        """Whether `network` draws the same with each number of threads; leaves torch with the last."""
+        drawn = []
+        for number in num_threads:
+            torch.set_num_threads(number)
+            drawn += [_drawn(network, self._tile)]
+        return all(np.array_equal(one, drawn[0]) for one in drawn)  # type: ignore[arg-type]
+
     def seconds(self, network: Network) -> float:
         """The least that one pass over a tile takes, tried for a fraction of a second."""
         least, end = float("inf"), time.perf_counter() + PROBE_SECONDS
@@ -376,6 +396,17 @@ def keep_freed_memory() -> None:
     block just below 32 MiB for the first time; elsewhere this does nothing.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def give_back_memory() -> None:
+    """Have glibc give the system all that is free, holes included; another C library is left alone.
+
+    Blocks of ever other sizes leave holes between them, and what is kept for the next layer grows with the
+    hours. Takes milliseconds, and the next passes a little longer: for now and then.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _checked_device(name: str) -> torch.device:

@@ -203,7 +203,7 @@ class Upscaler:
             if self._compute is None:
                 _run_next(turns)
             else:
-                self._compute.submit(_run_next, turns)
+                self._compute.submit(self._compute.run_next)
         for request in requests:
             request.finished.wait()
         for request in requests:
@@ -285,11 +285,12 @@ class Upscaler:
     def _pause(self, large: "_Request") -> Callable[[], None] | None:
         """What lets a small tile of another claim go first, between two strips of `large`.
 
-        A small image beside huge ones so waits for one strip and not for a whole tile.
+        A small image beside huge ones so waits for one strip and not for a whole tile, and a tile that is no
+        longer alone leaves cores to others.
         """
         if self._compute is None:
             return None
-        turns, claim = self._compute.turns, large.job.claim
+        compute, turns, claim = self._compute, self._compute.turns, large.job.claim
         most = math.prod(large.tile.read.shape) * PASSING_SHARE
 
         def is_small_and_anothers(request: _Request) -> bool:
@@ -299,6 +300,7 @@ class Upscaler:
             began = time.perf_counter()
             _run_next(turns, only=is_small_and_anothers)
             claim.was_passed(time.perf_counter() - began)
+            compute.take_share()
 
         return let_one_pass
 
@@ -351,14 +353,38 @@ class ComputeThreads(ThreadPoolExecutor):
     """Threads for the tiles of one upscaler or of several, and the tiles that wait for them.
 
     Each keeps one core busy: whole tiles in parallel waste less than one tile split over cores, where the
-    slowest core, which may be encoding meanwhile, holds up the others in every layer.
+    slowest core, which may be encoding meanwhile, holds up the others in every layer. While
+    `splits_lone_tiles`, tiles that are too few to keep all cores busy share those that are idle, strip by
+    strip: an image that is alone is done sooner. Set it only for engines with `same_on_many_cores`.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, *, splits_lone_tiles: bool = False) -> None:
         super().__init__(
             num_threads, thread_name_prefix="tiles", initializer=torch.set_num_threads, initargs=(1,)
         )
         self.turns = Turns[_Request]()
+        self.splits_lone_tiles = splits_lone_tiles
+        self._num_threads = num_threads
+        self._busy = 0
+        self._lock = threading.Lock()
+
+    def run_next(self) -> None:
+        """What each tile that is put in `turns` needs once, in one of these threads."""
+        with self._lock:
+            self._busy += 1
+        try:
+            self.take_share(self._busy + len(self.turns) - 1)  # the tile that is taken next still waits
+            _run_next(self.turns)
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+    def take_share(self, tiles: int | None = None) -> None:
+        """Give this thread its part of the cores, with so many `tiles` to run; those that are there now."""
+        tiles = self._busy + len(self.turns) if tiles is None else tiles
+        share = max(1, self._num_threads // max(1, tiles)) if self.splits_lone_tiles else 1
+        if share != torch.get_num_threads():
+            torch.set_num_threads(share)
 
 
 def _run_next(turns: "Turns[_Request]", only: "Callable[[_Request], bool]" = lambda _: True) -> None:

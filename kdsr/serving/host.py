@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kdsr.checkpoint import load_card, load_model
 from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
 from kdsr.encoded import HELD_FRAMES, Clock, EncodedUpscaler, StageFailed, goal_of
-from kdsr.engine import Engine
+from kdsr.engine import Engine, give_back_memory
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.serving.admission import MAX_CALLS, Admission
 from kdsr.serving.contract import Call, Description, Refusal, Result, ServedModel, ServedNetwork
@@ -24,6 +24,8 @@ logger = logging.getLogger("kdsr.serving")
 
 BYTES_PER_PIXEL = 4
 """Red, green, blue and alpha, for 8 bits."""
+TIDY_SECONDS = 60.0
+"""Between two times at which memory that is free is given back."""
 LEAVE_SECONDS = 10.0
 """How long a network that no model names any more answers whoever was told of it before."""
 
@@ -44,7 +46,8 @@ class ModelHost:
 
     def __init__(self, config: ServeConfig, *, num_threads: int, device: str = "cpu") -> None:
         self._config, self._device = config, device
-        self._compute = ComputeThreads(1 if device != "cpu" else num_threads)
+        self._num_threads = 1 if device != "cpu" else num_threads
+        self._compute = ComputeThreads(self._num_threads, splits_lone_tiles=True)
         self._images = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="images")
         self._admission = Admission(config.limits.queue_bytes)
         self._models: tuple[ServedModel, ...] = ()
@@ -53,6 +56,9 @@ class ModelHost:
         """Networks that were replaced, each with the time of `time.monotonic` at which it goes."""
         self._lock = threading.Lock()
         self._failures: dict[str, str] = {}
+        self._answered = 0
+        self._closed = threading.Event()
+        threading.Thread(target=self._tidy, name="tidy", daemon=True).start()
 
     def load(self, table: ModelTable) -> Mapping[str, str]:
         """Serve the models of `table`, all at once, and return why some are not what was asked for.
@@ -114,6 +120,9 @@ class ModelHost:
         require_digest(network, loaded.card)
         precision: Precision = self._config.precision
         engine = Engine(loaded.model, device=self._device, precision=precision)
+        if not engine.same_on_many_cores(self._num_threads):
+            logger.warning("%s: its bytes depend on the number of threads; each tile has one", network.uri)
+            self._compute.splits_lone_tiles = False
         upscaler = Upscaler(
             engine,
             tile_size=self._config.tile_size,
@@ -151,12 +160,12 @@ class ModelHost:
         cost = self._cost(call, network)
         self._admission.enter(cost)
         future = self._images.submit(self._upscale, call, network, claim)
-        future.add_done_callback(
-            lambda done: self._admission.leave(
-                cost, was_done=not done.cancelled() and done.exception() is None
-            )
-        )
+        future.add_done_callback(lambda done: self._ended(done, cost))
         return future
+
+    def _ended(self, done: "Future[Result]", cost: int) -> None:
+        self._admission.leave(cost, was_done=not done.cancelled() and done.exception() is None)
+        self._answered += 1
 
     def _network(self, call: Call) -> _Network:
         with self._lock:
@@ -195,8 +204,17 @@ class ModelHost:
             batch_size=claim.largest_batch,
         )
 
+    def _tidy(self) -> None:
+        """Give memory back now and then, where there was work in between."""
+        before = self._answered
+        while not self._closed.wait(TIDY_SECONDS):
+            if self._answered != before:
+                before = self._answered
+                give_back_memory()
+
     def close(self) -> None:
         """Let the threads end."""
+        self._closed.set()
         self._images.shutdown(wait=False, cancel_futures=True)
         self._compute.shutdown(wait=False, cancel_futures=True)
 

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,20 @@ def test_levels_become_pixels_on_the_device_as_they_do_here(tiles):
     assert (pixels.numpy()[[0, 2]] == found[[0, 2]]).all()
 
 
+class ThreadsShow(Constant):
+    """As grey as torch has threads."""
+
+    def forward(self, lr):
+        return super().forward(lr) * torch.get_num_threads() / 8
+
+
+def test_an_engine_tells_whether_its_bytes_depend_on_the_number_of_cores():
+    before = torch.get_num_threads()
+    assert Engine(trained_like(2)).same_on_many_cores(2)
+    assert not Engine(ThreadsShow(0.5)).same_on_many_cores(2)
+    assert torch.get_num_threads() == before
+
+
 MANY_SIZES = """
 import sys
 import torch
@@ -328,3 +343,28 @@ def test_layers_made_for_a_hundred_sizes_are_kept_only_where_one_size_is_expecte
         env=os.environ | {"ONEDNN_VERBOSE": "profile_create"},
     ).stdout
     assert log.count("create:cache_miss,cpu,convolution") == made
+
+
+HOLES = """
+import os
+import numpy as np
+from kdsr.engine import give_back_memory, keep_freed_memory
+
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+keep_freed_memory()
+blocks = [np.ones(2**20, np.uint8) for number in range(400)]
+del blocks[1::2]
+before = resident_mb()
+give_back_memory()
+print(before - resident_mb())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to give memory back")
+def test_memory_that_is_free_between_blocks_in_use_is_given_back():
+    command = [sys.executable, "-c", HOLES]
+    returned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(returned) > 150  # of 200 MB in holes

@@ -547,3 +547,44 @@ def test_a_small_image_passes_between_strips_of_a_large_tile_and_changes_no_byte
     assert all((one == other).all() for one, other in zip(found, expected, strict=True))
     assert order.index("small") == 1
     assert order.count("strip of the large") > 10
+
+
+# ---------------------------------------------------------------- cores
+
+
+class Threaded(Engine):
+    """Notes the threads that torch has: when a tile begins, and when another one has come meanwhile."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.began, self.later, self.gate = [], [], threading.Semaphore(0)
+
+    def run(self, tiles, *, pause=None):
+        self.began.append(torch.get_num_threads())
+        self.gate.acquire(timeout=60)
+        pause()
+        self.later.append(torch.get_num_threads())
+        return super().run(tiles)
+
+
+@pytest.mark.parametrize(("splits", "alone"), [(True, 4), (False, 1)])
+def test_a_tile_has_the_cores_that_no_other_needs_and_leaves_them_to_the_next(splits, alone):
+    engine = Threaded(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    with ComputeThreads(4, splits_lone_tiles=splits) as compute, ThreadPoolExecutor(2) as threads:
+        upscaler = Upscaler(engine, compute=compute)
+        images = []
+        for number in range(2):
+            images.append(threads.submit(upscaler.upscale, picture(20, 20, seed=number), Claim()))
+            wait_for(lambda: len(engine.began) == len(images))
+        engine.gate.release(2)
+        assert all(image.result(60).pixels.shape == (40, 40, 3) for image in images)
+    assert engine.began == [alone, max(1, alone // 2)]
+    assert max(engine.later[0], engine.began[1]) == max(1, alone // 2)
+
+
+def test_more_tiles_than_cores_have_one_each():
+    engine = Threaded(random_net(FsrcnnSpec(scale=2, num_features=8)))
+    engine.gate.release(1000)
+    with ComputeThreads(2, splits_lone_tiles=True) as compute:
+        Upscaler(engine, tile_size=32, compute=compute).upscale(picture(96, 96, seed=0))
+    assert engine.began[:7] == [1] * 7
