@@ -144,11 +144,12 @@ def _colours(labels: Sequence[str]) -> Callable[[str], dict[str, Any]]:
 
 
 def _floor(lines: Sequence[Line]) -> float | None:
-    """Below the middle of what the curves do, since all of them climb steeply at first."""
+    """Below the middle of how the curves begin, since all of them climb steeply, and below how they end."""
     means = [line.values.mean(axis=0) for line in lines if line.steps.size]
     if not means:
         return None
-    low, high = np.median([mean[len(mean) // 8] for mean in means]), max(mean.max() for mean in means)
+    early, high = np.median([mean[len(mean) // 8] for mean in means]), max(mean.max() for mean in means)
+    low = min(early, *(mean[len(mean) // 2 :].min() for mean in means))
     return float(low - 0.05 * (high - low)) if high > low else None
 
 
