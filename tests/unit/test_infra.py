@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.serve import WITH_THE_MESSAGE
+from cluster.serve import CONTROLLER
 from kdsr.cli import parse
 from kdsr.config import DistillConfig, ServeConfig
 from kdsr.serving.host import check_table
@@ -241,7 +241,7 @@ def test_the_service_on_kubernetes_deploys_the_same_with_room_to_grow_and_to_upd
     spec = load(INFRA / "kuberay" / "service.yaml")["spec"]
     content = yaml.safe_load(spec["serveConfigV2"])
     assert content == load(INFRA / "serve" / "serve.yaml")
-    assert content["controller_options"]["runtime_env"]["env_vars"] == WITH_THE_MESSAGE
+    assert content["controller_options"]["runtime_env"] == CONTROLLER
     config = ServeConfig.model_validate(content["applications"][0]["args"])
     (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     pod = workers["template"]["spec"]
