@@ -80,7 +80,9 @@ from kdsr.terms import (
     PerceptualTerm,
     PixelTerm,
     TappedTerm,
+    UncertaintyBalance,
     always_reach_output,
+    falls_below_zero,
 )
 from kdsr.tracking import MlflowRun, begin_mlflow
 from kdsr.upscale import Upscaler
@@ -1015,6 +1017,14 @@ def _check_balance(config: RunConfig) -> None:
             "balance gradient measures each term against those of kind pixel, and terms have none; add one, "
             "or set balance.kind to fixed"
         )
+    if isinstance(config.balance, UncertaintyBalance):
+        for term in config.terms:
+            if falls_below_zero(term):
+                raise RequestError(
+                    f"balance uncertainty lowers loss / b + log b, and the {term.kind} term, a bound or a "
+                    f"verdict, can be less than 0, where b would go to 0 and the term's weight grow without "
+                    f"end; set balance.kind to gradient or fixed"
+                )
 
 
 def run_store(config: RunConfig) -> Store:

@@ -54,6 +54,7 @@ from kdsr.terms import (
     PerceptualTerm,
     PixelTerm,
     TapPair,
+    UncertaintyBalance,
 )
 from kdsr.training import Worker, autocast_type, check, exported_card, train
 from kdsr.validation import training_pictures
@@ -555,6 +556,32 @@ def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_p
 def test_a_balance_by_gradients_without_a_pixel_term_is_refused(shards, tmp_path, teacher):
     config = distil_config(shards, tmp_path, teacher, terms=(OutputTerm(),), balance=GradientBalance())
     with pytest.raises(RequestError, match="measures each term against those of kind pixel, and terms have"):
+        check(config)
+
+
+TAPS = [{"student": "layers.0", "teacher": "trunk"}]
+
+
+@pytest.mark.parametrize(
+    ("term", "refused"),
+    [
+        ({"kind": "variational", "taps": TAPS}, True),
+        ({"kind": "critic", "positions": 2, "taps": TAPS}, True),
+        ({"kind": "critic", "positions": 2, "bound": "jensen_shannon", "taps": TAPS}, False),
+        ({"kind": "adversarial", "discriminator": {"kind": "patch", "num_levels": 1}, "loss": "hinge"}, True),
+        ({"kind": "adversarial", "discriminator": {"kind": "patch", "num_levels": 1}}, False),
+        ({"kind": "contrastive"}, False),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else str(value),
+)
+def test_uncertainty_is_refused_for_losses_that_can_be_negative(shards, tmp_path, teacher, term, refused):
+    """There a weight would grow without end: loss / b + log b falls for ever as b goes to 0."""
+    terms = (PixelTerm(), TypeAdapter(DistillTerm).validate_python(term))
+    config = distil_config(shards, tmp_path, teacher, terms=terms, balance=UncertaintyBalance())
+    if not refused:
+        assert check(config)
+        return
+    with pytest.raises(RequestError, match=rf"uncertainty .* the {term['kind']} term.* grow without end"):
         check(config)
 
 
