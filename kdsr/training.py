@@ -616,13 +616,21 @@ def _check_networks(config: DistillConfig) -> None:
     """
     for teacher in config.teachers:
         _require_teaching(teacher, config.data.degradation, config.store)
-    names = [pair.teacher for term in config.terms if isinstance(term, TappedTerm) for pair in term.taps]
-    if names:
+    if names := list(_looked_at(config)):
         loaded = load_model(config.teacher.uri, config.store)
         taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
         taps.widths(config.student.channels)
         if is_imported(loaded.card) and _placed_terms(config):
             _check_grids(config, _places(taps, config))
+
+
+def _looked_at(config: DistillConfig) -> Iterator[str]:
+    """Taps of the teacher that terms name."""
+    for term in config.terms:
+        if isinstance(term, TappedTerm):
+            yield from (pair.teacher for pair in term.taps)
+        elif isinstance(term, PerceptualTerm) and term.network is None:
+            yield from term.taps
 
 
 @lru_cache(maxsize=8)

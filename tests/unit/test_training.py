@@ -540,10 +540,12 @@ def test_a_teacher_whose_outputs_are_not_finite_is_refused_in_any_case(shards, t
         ("body.0", None),
     ],
 )
-def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_path, tap, words):
+@pytest.mark.parametrize("kind", ["attention", "perceptual"])
+def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_path, kind, tap, words):
     spec = RrdbnetSpec(scale=2, num_features=4, num_growth=4, num_blocks=1)
     torch.save(build_model(spec).state_dict(), tmp_path / "public.pth")
-    term = AttentionTerm(taps=(TapPair(student="layers.0", teacher=tap),))
+    taps = [tap] if kind == "perceptual" else [{"student": "layers.0", "teacher": tap}]
+    term = TypeAdapter(DistillTerm).validate_python({"kind": kind, "taps": taps})
     config = distil_config(shards, tmp_path, str(tmp_path / "public.pth"), terms=(PixelTerm(), term))
     if words is None:
         assert check(config).teachers
