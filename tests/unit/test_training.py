@@ -651,6 +651,14 @@ def test_teachers_of_different_goals_are_mixed_only_when_that_is_wanted(shards, 
     assert [ref.name for ref in check(forced).teachers] == ["big", "second"]
 
 
+def test_teachers_of_different_goals_are_told_apart_when_their_names_are_the_same(shards, tmp_path, teacher):
+    same = saved_model(f"file://{tmp_path}/same", TEACHER, seed=1).name
+    second = TeacherConfig(uri=f"file://{tmp_path}/same", force=True, trained_for="perception")
+    config = distil_config(shards, tmp_path, teacher, co_teachers=(second,))
+    with pytest.raises(RequestError, match=f"{same} for fidelity, {same} for perception"):
+        check(config)
+
+
 def test_stored_outputs_of_one_teacher_do_not_do_for_two(tmp_path, teacher):
     uri = labelled_set(tmp_path, ref_of(teacher))
     config = distil_config(uri, tmp_path, teacher, co_teachers=(second_teacher(tmp_path),))
@@ -942,6 +950,24 @@ def test_who_looks_with_another_network_until_the_end_is_trained_for_perception(
     assert rows_of(config)[-1]["perceptual_l1"] > 0
     assert load_model(f"{store_of(config).uri}/model").card.trained_for == goal
     assert StateStore(store_of(config)).load("latest")["auxiliary"] == {}
+
+
+@pytest.mark.parametrize(("final_weight", "goal"), [(0.0, "fidelity"), (1e-3, "perception")])
+def test_who_follows_a_teacher_for_looks_until_the_end_is_trained_for_perception_too(
+    shards, tmp_path, final_weight, goal
+):
+    second = second_teacher(tmp_path, trained_for="perception")
+    terms = (PixelTerm(), OutputTerm(weight=0.5, final_weight=final_weight))
+    config = distil_config(shards, tmp_path, second.uri, terms=terms, num_steps=2)
+    list(train(config))
+    assert load_model(f"{store_of(config).uri}/model").card.trained_for == goal
+
+
+def test_what_a_teacher_is_said_to_be_trained_for_counts_before_its_card(shards, tmp_path, teacher):
+    said = TeacherConfig(uri=teacher, force=True, trained_for="perception")
+    config = distil_config(shards, tmp_path, teacher, num_steps=2).model_copy(update={"teacher": said})
+    list(train(config))
+    assert load_model(f"{store_of(config).uri}/model").card.trained_for == "perception"
 
 
 def save_vgg(path):
