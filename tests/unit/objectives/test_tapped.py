@@ -132,6 +132,14 @@ def test_the_critic_tells_its_bound_in_nats_and_never_more_than_its_negatives_al
     assert told["weight/critic"] == 1
 
 
+@pytest.mark.parametrize("kind", ["variational", "critic"])
+def test_a_bound_is_told_in_nats_whatever_its_weight(kind, pair):
+    bound = term({"kind": kind, "weight": 0.25})
+    objective = build_objective(net(STUDENT), [bound], teacher=net(TEACHER, 1))
+    minimised = objective(pair)[kind].item()
+    assert objective.after_step()[f"{kind}/nats"] == pytest.approx(-4 * minimised, rel=1e-5)
+
+
 def test_info_nce_is_log_n_for_certainty_and_zero_for_ignorance():
     assert info_nce(1e3 * torch.eye(8)).item() == pytest.approx(math.log(8), rel=1e-5)
     assert info_nce(torch.zeros(8, 8)).item() == pytest.approx(0, abs=1e-6)
