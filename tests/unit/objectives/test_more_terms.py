@@ -96,6 +96,19 @@ def test_training_on_upcycled_pairs_alone_brings_the_student_nearer_to_the_teach
     assert distance() < 0.7 * before
 
 
+def test_negatives_come_of_input_with_noise_as_strong_as_was_asked_for(pair):
+    term = ContrastiveTerm(num_negatives=2, noise=(20.0, 20.0))
+    objective = objective_of(net(), term, teacher=net(1))
+    seen = []
+    history = objective.terms["contrastive"].history
+    history.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    grey = replace(pair, lr=torch.full((2, 3, 40, 40), 0.5), hr=torch.full((2, 3, 80, 80), 0.5))
+    objective(grey)
+    first, second = ((noisy - grey.lr) * 255 for noisy in seen)
+    assert first.std().item() == pytest.approx(20, rel=0.05) == second.std().item()
+    assert abs(first.mean().item()) < 1 and (first - second).std().item() > 20
+
+
 def test_training_on_contrast_alone_lowers_it(pair):
     student = net()
     objective = objective_of(student, ContrastiveTerm(), net(1).requires_grad_(False))

@@ -21,7 +21,13 @@ from kdsr.objectives.features import (
     on_one_grid,
     spatial_affinity,
 )
-from kdsr.objectives.mutual_information import LEAST_SPREAD, VariationalBound, info_nce, jensen_shannon
+from kdsr.objectives.mutual_information import (
+    LEAST_SPREAD,
+    CriticBound,
+    VariationalBound,
+    info_nce,
+    jensen_shannon,
+)
 from kdsr.objectives.step import Parts, Taps
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EdsrSpec, EspcnSpec, RepChainSpec
@@ -130,6 +136,17 @@ def test_the_critic_tells_its_bound_in_nats_and_never_more_than_its_negatives_al
     assert told["critic/negatives"] == 3 * 4 - 1
     assert told["critic/nats"] <= math.log(12) + 1e-6
     assert told["weight/critic"] == 1
+
+
+def test_a_pair_is_the_same_place_of_the_same_image_in_both_networks():
+    torch.manual_seed(0)
+    config = term({"kind": "critic", "positions": 6, "temperature": 0.05}, ONE)
+    critic = CriticBound(config, Parts(nn.Identity(), student_widths={"a": 16}, teacher_widths={"b": 16}))
+    critic.students[0], critic.teachers[0] = nn.Identity(), nn.Identity()
+    features = torch.randn(3, 16, 4, 5)
+    assert -critic.compare(features, features, 0).item() > 0.95 * math.log(18)
+    for moved in (features.roll(1, dims=3), features.roll(1, dims=0)):
+        assert -critic.compare(features, moved, 0).item() < 0.5 * math.log(18)
 
 
 @pytest.mark.parametrize("kind", ["variational", "critic"])
