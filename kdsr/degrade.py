@@ -150,10 +150,14 @@ def _colour_weights(width: int, scale: int, channels: int, device: torch.device)
 
 
 def bicubic_upscale(lr: Tensor, scale: int) -> Tensor:
-    """LR (B, C, h, w) to (B, C, h*scale, w*scale) as MATLAB's imresize enlarges, unclamped, not rounded."""
+    """LR (B, C, h, w) to (B, C, h*scale, w*scale) as MATLAB's imresize enlarges, unclamped, not rounded.
+
+    In the type of `lr` also within autocast: bfloat16 does not hold the 8 bits of a picture.
+    """
     batch, channels = lr.shape[:2]
     padded = F.pad(lr, (BICUBIC_REACH,) * 4, mode="replicate")
-    phases = F.conv2d(padded.flatten(0, 1).unsqueeze(1), upscale_kernel(scale).to(lr))
+    with torch.autocast(lr.device.type, enabled=False):
+        phases = F.conv2d(padded.flatten(0, 1).unsqueeze(1), upscale_kernel(scale).to(lr))
     return F.pixel_shuffle(phases, scale).view(batch, channels, lr.shape[2] * scale, lr.shape[3] * scale)
 
 

@@ -293,13 +293,27 @@ class GradientBalance(Frozen):
 class UncertaintyBalance(Frozen):
     """Each term's factor is learned: loss / b + log b (Kendall et al., CVPR 2018, in the form for L1).
 
-    Terms that are easy to lower get large factors: look at the weights that are logged.
+    Terms that are easy to lower get large factors: look at the weights that are logged. Losses that can be
+    less than 0 have no best b and are refused: `variational`, `critic` by InfoNCE, `adversarial` by hinge.
     """
 
     kind: Literal["uncertainty"] = "uncertainty"
 
 
 Balance = Annotated[FixedBalance | GradientBalance | UncertaintyBalance, Field(discriminator="kind")]
+
+
+def falls_below_zero(term: TermConfig) -> bool:
+    """Whether a term is no distance: a log density, a bound in nats or a bare verdict may be negative."""
+    match term:
+        case VariationalTerm():
+            return True
+        case CriticTerm():
+            return term.bound == "info_nce"
+        case AdversarialTerm():
+            return term.loss == "hinge"
+        case _:
+            return False
 
 
 def always_reach_output(terms: Sequence[Schedule]) -> bool:

@@ -80,7 +80,9 @@ from kdsr.terms import (
     PerceptualTerm,
     PixelTerm,
     TappedTerm,
+    UncertaintyBalance,
     always_reach_output,
+    falls_below_zero,
 )
 from kdsr.tracking import MlflowRun, begin_mlflow
 from kdsr.upscale import Upscaler
@@ -179,6 +181,8 @@ class Inputs:
 
     index: ShardIndex
     teachers: tuple[TeacherRef, ...]
+    goals: tuple[Goal, ...] = ()
+    """What each teacher was trained for."""
 
     @property
     def sources(self) -> Sources:
@@ -204,10 +208,9 @@ def check(config: RunConfig) -> Inputs:
     _check_patches(config)
     _check_balance(config)
     _check_judges(config)
-    teachers = _check_teachers(config, index) if _asks_teacher(config) else ()
+    inputs = _check_teachers(config, index) if _asks_teacher(config) else Inputs(index, teachers=())
     if config.init_from is not None:
         _check_first_weights(config, load_card(config.init_from, config.store))
-    inputs = Inputs(index, teachers)
     _require_same_run(run_store(config), config)
     _require_same_sources(config, inputs.sources)
     return inputs
@@ -587,12 +590,15 @@ def _pairs(
     return made_ahead(make, worker.batches(reader, start))
 
 
-def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, ...]:
+def _check_teachers(config: RunConfig, index: ShardIndex) -> Inputs:
     assert isinstance(config, DistillConfig)
     cards = [load_card(teacher.uri, config.store) for teacher in config.teachers]
     for card in cards:
         require_teacher_spec(card, scale=config.student.scale, channels=config.student.channels)
-    _check_goals(config, cards)
+    goals = tuple(
+        teacher.trained_for or card.trained_for for teacher, card in zip(config.teachers, cards, strict=True)
+    )
+    _check_goals(config, cards, goals)
     if index.teacher is not None:
         _check_labels(config, index, index.teacher, cards)
     if config.share_extractor:
@@ -601,10 +607,11 @@ def _check_teachers(config: RunConfig, index: ShardIndex) -> tuple[TeacherRef, .
     _check_grids(config, _taught_places(config, index, cards[0]))
     if needs_live_teacher(config.terms, index):
         _check_networks(config)
-    return tuple(
+    teachers = tuple(
         TeacherRef(name=card.name, sha256=card.sha256, licence=teacher.licence or card.licence)
         for teacher, card in zip(config.teachers, cards, strict=True)
     )
+    return Inputs(index, teachers, goals)
 
 
 def _check_networks(config: DistillConfig) -> None:
@@ -614,13 +621,21 @@ def _check_networks(config: DistillConfig) -> None:
     """
     for teacher in config.teachers:
         _require_teaching(teacher, config.data.degradation, config.store)
-    names = [pair.teacher for term in config.terms if isinstance(term, TappedTerm) for pair in term.taps]
-    if names:
+    if names := list(_looked_at(config)):
         loaded = load_model(config.teacher.uri, config.store)
         taps = Taps(loaded.model, names, who=f"the teacher ({loaded.card.name})")
         taps.widths(config.student.channels)
         if is_imported(loaded.card) and _placed_terms(config):
             _check_grids(config, _places(taps, config))
+
+
+def _looked_at(config: DistillConfig) -> Iterator[str]:
+    """Taps of the teacher that terms name."""
+    for term in config.terms:
+        if isinstance(term, TappedTerm):
+            yield from (pair.teacher for pair in term.taps)
+        elif isinstance(term, PerceptualTerm) and term.network is None:
+            yield from term.taps
 
 
 @lru_cache(maxsize=8)
@@ -664,20 +679,18 @@ def _check_labels(
             )
 
 
-def _check_goals(config: DistillConfig, cards: Sequence[Card]) -> None:
+def _check_goals(config: DistillConfig, cards: Sequence[Card], goals: Sequence[Goal]) -> None:
     """Raise RequestError for teachers that want different things, unless that is what was asked for."""
     if len(cards) == 1 or config.mix.force:
         return
-    goals = {}
     for teacher, card in zip(config.teachers, cards, strict=True):
         if is_imported(card) and teacher.trained_for is None:
             raise RequestError(
                 f"teacher {card.name}: a public checkpoint does not say what it was trained for; set its "
                 f"trained_for to fidelity (PSNR) or perception (GAN)"
             )
-        goals[card.name] = teacher.trained_for or card.trained_for
-    if len(set(goals.values())) > 1:
-        said = ", ".join(f"{name} for {goal}" for name, goal in goals.items())
+    if len(set(goals)) > 1:
+        said = ", ".join(f"{card.name} for {goal}" for card, goal in zip(cards, goals, strict=True))
         raise RequestError(
             f"the teachers were trained for different goals ({said}): the mean of a sharp guess and a safe "
             f"one is neither; use teachers of one goal, or set mix.force true"
@@ -975,7 +988,7 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
         num_parameters=0,
         sha256="",
         colour="sRGB" if config.model.channels == 3 else "grey",
-        trained_for=_goal(config),
+        trained_for=_goal(config, inputs.goals),
         teacher=inputs.teachers[0] if inputs.teachers else None,
         co_teachers=list(inputs.teachers[1:]),
         data=list(config.datasets) or [f"{config.data.shards} ({inputs.index.options.get('licence')})"],
@@ -989,10 +1002,14 @@ def _export(config: RunConfig, inputs: Inputs, worker: Worker, states: StateStor
     return save_model(run_store(config).child("model"), fold(model), card)
 
 
-def _goal(config: RunConfig) -> Goal:
-    """Whatever a run begins with, its last weights decide, however small they are."""
-    looks = any(isinstance(term, LOOKS) and term.at(1.0) > 0 for term in config.terms)
-    return "perception" if looks else "fidelity"
+def _goal(config: RunConfig, taught: Sequence[Goal]) -> Goal:
+    """Whatever a run begins with, its last weights decide, however small they are.
+
+    Who is still near to a teacher then, of those that were trained for `taught`, has its goal.
+    """
+    last = [term for term in config.terms if term.at(1.0) > 0]
+    looks = any(isinstance(term, LOOKS) for term in last)
+    return "perception" if looks or ("perception" in taught and needs_teacher(last)) else "fidelity"
 
 
 def _check_patches(config: RunConfig) -> None:
@@ -1007,7 +1024,7 @@ def _check_patches(config: RunConfig) -> None:
 
 
 def _check_balance(config: RunConfig) -> None:
-    """Raise RequestError for a balance with nothing to measure the other terms against."""
+    """Raise RequestError for a balance with nothing to measure the other terms against, or without an end."""
     if isinstance(config.balance, GradientBalance) and not any(
         isinstance(term, PixelTerm) for term in config.terms
     ):
@@ -1015,6 +1032,14 @@ def _check_balance(config: RunConfig) -> None:
             "balance gradient measures each term against those of kind pixel, and terms have none; add one, "
             "or set balance.kind to fixed"
         )
+    if isinstance(config.balance, UncertaintyBalance):
+        for term in config.terms:
+            if falls_below_zero(term):
+                raise RequestError(
+                    f"balance uncertainty lowers loss / b + log b, and the {term.kind} term, a bound or a "
+                    f"verdict, can be less than 0, where b would go to 0 and the term's weight grow without "
+                    f"end; set balance.kind to gradient or fixed"
+                )
 
 
 def run_store(config: RunConfig) -> Store:

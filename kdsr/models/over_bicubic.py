@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from kdsr.degrade import bicubic_upscale
@@ -49,9 +48,6 @@ class OverBicubic(SrModel):
     def forward(self, lr: Tensor) -> Tensor:
         """See `SrModel`."""
         self.check_channels(lr)
-        # The residual keeps the 8 bits of its input, which bfloat16 does not.
-        with torch.autocast(lr.device.type, enabled=False):
-            upscaled = bicubic_upscale(lr, self.spec.scale)
         shallow = self.get_submodule(self.spec.extractor)(lr)
         sr: Tensor = self.shuffle(self.tail(self.body(shallow)))
-        return sr + upscaled
+        return sr + bicubic_upscale(lr, self.spec.scale)

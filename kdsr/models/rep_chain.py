@@ -103,10 +103,7 @@ class RepChain(SrModel):
         features = lr
         for layer in self.layers[:-1]:
             features = F.leaky_relu(layer(features), NEGATIVE_SLOPE, inplace=True)
-        # The residual keeps the 8 bits of its input, which bfloat16 does not.
-        with torch.autocast(lr.device.type, enabled=False):
-            upscaled = bicubic_upscale(lr, self.spec.scale)
-        return self.shuffle(self.layers[-1](features)) + upscaled
+        return self.shuffle(self.layers[-1](features)) + bicubic_upscale(lr, self.spec.scale)
 
     def before_shuffle(self, dtype: torch.dtype, layout: torch.memory_format) -> BeforeShuffle:
         """See `SrModel`; folded once, and not on every pass."""

@@ -79,8 +79,13 @@ class AdversarialDistance(Term):
             if self._config.r1 > 0:
                 loss = loss + 0.5 * self._config.r1 * squared_gradient(real, real_images)
             (loss * step.pair.weight).backward()
-        right = 0.5 * ((real > 0).float().mean() + (fake <= 0).float().mean())
-        return {"discriminator": loss.item(), "told_apart": right.item()}
+        return {"discriminator": loss.item(), "told_apart": self._told_apart(real, fake).item()}
+
+    def _told_apart(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Share of right verdicts; where differences alone are learned, zero is no border between them."""
+        if self._config.loss == "relativistic":
+            real, fake = real - fake.mean(), fake - real.mean()
+        return 0.5 * ((real > 0).float().mean() + (fake <= 0).float().mean())
 
     def _real(self, step: Step) -> Tensor:
         return (step.pair.hr if self._config.real == "hr" else step.teacher_sr).float()

@@ -102,3 +102,16 @@ def test_the_page_of_distillation_tells_of_every_term() -> None:
     text = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
     kinds = {term.model_fields["kind"].default for term in TERMS}
     assert kinds == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) - {"kind"}
+
+
+def test_each_term_has_a_formula_a_use_a_cost_and_a_gain_that_is_in_the_table() -> None:
+    text = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL))
+    assert sections.keys() == {term.model_fields["kind"].default for term in TERMS}
+    measured = set(re.findall(r"^\| (\w+) \|", text[text.index("## What helped") :], re.MULTILINE))
+    for kind, section in sections.items():
+        assert "```text\n" in section and "**Choose it**" in section and "**Cost**" in section, kind
+        (gain,) = re.findall(r"\*\*Gain\*\*: (.*?)\n\n", section, re.DOTALL)
+        rows = re.findall(r"`(\w+)`", gain)
+        assert "not measured alone" in gain or (kind == "pixel" and "`alone`" in gain) or kind in rows, kind
+        assert set(rows) <= measured, kind

@@ -54,6 +54,7 @@ from kdsr.terms import (
     PerceptualTerm,
     PixelTerm,
     TapPair,
+    UncertaintyBalance,
 )
 from kdsr.training import Worker, autocast_type, check, exported_card, train
 from kdsr.validation import training_pictures
@@ -539,10 +540,12 @@ def test_a_teacher_whose_outputs_are_not_finite_is_refused_in_any_case(shards, t
         ("body.0", None),
     ],
 )
-def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_path, tap, words):
+@pytest.mark.parametrize("kind", ["attention", "perceptual"])
+def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_path, kind, tap, words):
     spec = RrdbnetSpec(scale=2, num_features=4, num_growth=4, num_blocks=1)
     torch.save(build_model(spec).state_dict(), tmp_path / "public.pth")
-    term = AttentionTerm(taps=(TapPair(student="layers.0", teacher=tap),))
+    taps = [tap] if kind == "perceptual" else [{"student": "layers.0", "teacher": tap}]
+    term = TypeAdapter(DistillTerm).validate_python({"kind": kind, "taps": taps})
     config = distil_config(shards, tmp_path, str(tmp_path / "public.pth"), terms=(PixelTerm(), term))
     if words is None:
         assert check(config).teachers
@@ -555,6 +558,32 @@ def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_p
 def test_a_balance_by_gradients_without_a_pixel_term_is_refused(shards, tmp_path, teacher):
     config = distil_config(shards, tmp_path, teacher, terms=(OutputTerm(),), balance=GradientBalance())
     with pytest.raises(RequestError, match="measures each term against those of kind pixel, and terms have"):
+        check(config)
+
+
+TAPS = [{"student": "layers.0", "teacher": "trunk"}]
+
+
+@pytest.mark.parametrize(
+    ("term", "refused"),
+    [
+        ({"kind": "variational", "taps": TAPS}, True),
+        ({"kind": "critic", "positions": 2, "taps": TAPS}, True),
+        ({"kind": "critic", "positions": 2, "bound": "jensen_shannon", "taps": TAPS}, False),
+        ({"kind": "adversarial", "discriminator": {"kind": "patch", "num_levels": 1}, "loss": "hinge"}, True),
+        ({"kind": "adversarial", "discriminator": {"kind": "patch", "num_levels": 1}}, False),
+        ({"kind": "contrastive"}, False),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else str(value),
+)
+def test_uncertainty_is_refused_for_losses_that_can_be_negative(shards, tmp_path, teacher, term, refused):
+    """There a weight would grow without end: loss / b + log b falls for ever as b goes to 0."""
+    terms = (PixelTerm(), TypeAdapter(DistillTerm).validate_python(term))
+    config = distil_config(shards, tmp_path, teacher, terms=terms, balance=UncertaintyBalance())
+    if not refused:
+        assert check(config)
+        return
+    with pytest.raises(RequestError, match=rf"uncertainty .* the {term['kind']} term.* grow without end"):
         check(config)
 
 
@@ -620,6 +649,14 @@ def test_teachers_of_different_goals_are_mixed_only_when_that_is_wanted(shards, 
         check(config)
     forced = config.model_copy(update={"mix": MixConfig(force=True)})
     assert [ref.name for ref in check(forced).teachers] == ["big", "second"]
+
+
+def test_teachers_of_different_goals_are_told_apart_when_their_names_are_the_same(shards, tmp_path, teacher):
+    same = saved_model(f"file://{tmp_path}/same", TEACHER, seed=1).name
+    second = TeacherConfig(uri=f"file://{tmp_path}/same", force=True, trained_for="perception")
+    config = distil_config(shards, tmp_path, teacher, co_teachers=(second,))
+    with pytest.raises(RequestError, match=f"{same} for fidelity, {same} for perception"):
+        check(config)
 
 
 def test_stored_outputs_of_one_teacher_do_not_do_for_two(tmp_path, teacher):
@@ -913,6 +950,24 @@ def test_who_looks_with_another_network_until_the_end_is_trained_for_perception(
     assert rows_of(config)[-1]["perceptual_l1"] > 0
     assert load_model(f"{store_of(config).uri}/model").card.trained_for == goal
     assert StateStore(store_of(config)).load("latest")["auxiliary"] == {}
+
+
+@pytest.mark.parametrize(("final_weight", "goal"), [(0.0, "fidelity"), (1e-3, "perception")])
+def test_who_follows_a_teacher_for_looks_until_the_end_is_trained_for_perception_too(
+    shards, tmp_path, final_weight, goal
+):
+    second = second_teacher(tmp_path, trained_for="perception")
+    terms = (PixelTerm(), OutputTerm(weight=0.5, final_weight=final_weight))
+    config = distil_config(shards, tmp_path, second.uri, terms=terms, num_steps=2)
+    list(train(config))
+    assert load_model(f"{store_of(config).uri}/model").card.trained_for == goal
+
+
+def test_what_a_teacher_is_said_to_be_trained_for_counts_before_its_card(shards, tmp_path, teacher):
+    said = TeacherConfig(uri=teacher, force=True, trained_for="perception")
+    config = distil_config(shards, tmp_path, teacher, num_steps=2).model_copy(update={"teacher": said})
+    list(train(config))
+    assert load_model(f"{store_of(config).uri}/model").card.trained_for == "perception"
 
 
 def save_vgg(path):

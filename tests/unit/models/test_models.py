@@ -155,6 +155,15 @@ def test_a_folded_chain_has_single_convolutions_only() -> None:
     assert sum(p.numel() for p in folded.parameters()) == 3 * 9 * 48 + 48 + 7 * (48 * 9 * 48 + 48)
 
 
+@pytest.mark.parametrize("kind", ["rep_chain", "mobile", "unet", "swin_light", "bicubic"])
+def test_the_bicubic_part_keeps_its_bits_where_the_rest_is_in_bfloat16(kind: str) -> None:
+    (spec,) = (spec for spec in MODELS if spec.model_fields["kind"].default == kind)
+    model, lr = build_model(spec(scale=2, **SMALL[kind])), torch.rand(1, 3, 8, 8)  # type: ignore[arg-type]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        sr = model(lr)
+    assert torch.equal(sr, bicubic_upscale(lr, 2))
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_an_untrained_chain_is_bicubic(scale: int) -> None:
     lr = torch.rand(1, 3, 8, 8)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from kdsr.config import OptimizerConfig
 from kdsr.errors import NonFiniteLoss
@@ -139,6 +140,22 @@ def test_relativistic_compares_with_the_mean_of_the_other_side():
     high, low = torch.full((2, 1, 1, 1), 4.0), torch.full((2, 1, 1, 1), -4.0)
     assert relativistic(high, low) < 0.01
     assert relativistic(low, high) > 4
+
+
+@pytest.mark.parametrize(("loss", "told"), [("hinge", 0.5), ("relativistic", 1.0)])
+def test_where_differences_alone_are_learned_no_level_of_the_logits_is_a_border(loss, told, pair):
+    class Brightness(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.level = nn.Parameter(torch.tensor(100.0))
+
+        def forward(self, images):
+            return self.level + images.mean(dim=(1, 2, 3), keepdim=True)
+
+    _, objective = start([term(loss=loss)])
+    objective.terms[f"adversarial_{loss}"].discriminator = Brightness()
+    objective(replace(pair, hr=torch.full_like(pair.hr, 5.0)))
+    assert objective.after_step()[f"adversarial_{loss}/told_apart"] == told
 
 
 def test_both_go_on_from_a_saved_state(pair):

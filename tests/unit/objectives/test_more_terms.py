@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from kdsr.config import OptimizerConfig
+from kdsr.degrade import bicubic_lr
 from kdsr.errors import RequestError
 from kdsr.fit import fit, new_state
 from kdsr.models import build_model
 from kdsr.objectives import build_objective
 from kdsr.objectives.contrastive import LAYER_WEIGHTS, RandomFeatures, contrast
 from kdsr.objectives.upcycling import Change
-from kdsr.pairs import Cursor, PairBatch
+from kdsr.pairs import Cursor, PairBatch, ZoomPair
 from kdsr.spec import EspcnSpec
 from kdsr.terms import ContrastiveTerm, UpcyclingTerm
 
@@ -95,6 +96,19 @@ def test_training_on_upcycled_pairs_alone_brings_the_student_nearer_to_the_teach
     assert distance() < 0.7 * before
 
 
+def test_negatives_come_of_input_with_noise_as_strong_as_was_asked_for(pair):
+    term = ContrastiveTerm(num_negatives=2, noise=(20.0, 20.0))
+    objective = objective_of(net(), term, teacher=net(1))
+    seen = []
+    history = objective.terms["contrastive"].history
+    history.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    grey = replace(pair, lr=torch.full((2, 3, 40, 40), 0.5), hr=torch.full((2, 3, 80, 80), 0.5))
+    objective(grey)
+    first, second = ((noisy - grey.lr) * 255 for noisy in seen)
+    assert first.std().item() == pytest.approx(20, rel=0.05) == second.std().item()
+    assert abs(first.mean().item()) < 1 and (first - second).std().item() > 20
+
+
 def test_training_on_contrast_alone_lowers_it(pair):
     student = net()
     objective = objective_of(student, ContrastiveTerm(), net(1).requires_grad_(False))
@@ -119,6 +133,30 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_zooming_in_without_c
     same = net()
     loss = objective_of(same, term, same)(pair)["upcycling"]
     assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_zooming_out_asks_for_lr_and_for_the_teachers_answer_to_lr_made_smaller(pair):
+    student, teacher = net(), net(1).requires_grad_(False)
+    loss = objective_of(student, UpcyclingTerm(zoom_in=False), teacher)(pair)["upcycling"]
+    even = pair.lr[..., : pair.lr.shape[2] // 2 * 2, : pair.lr.shape[3] // 2 * 2]
+    reduced = (bicubic_lr(even, 2).clamp(0, 1) * 255).round() / 255
+    with torch.no_grad():
+        answer, taught = student(reduced), teacher(reduced).clamp(0, 1)
+    expected = (answer - even).abs().mean() + (answer - taught).abs().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_zooming_in_undoes_what_was_done_to_the_students_input_alone(pair):
+    student, teacher = net(), net(1).requires_grad_(False)
+    loss = objective_of(student, UpcyclingTerm(zoom_out=False, probability=1), teacher)
+    crop = torch.rand_like(pair.lr)
+    with torch.no_grad():
+        taught = teacher(crop).clamp(0, 1)
+        turned = student((1 - crop).flip(-1).flip(-2).transpose(-1, -2))
+        answer = 1 - turned.transpose(-1, -2).flip(-2).flip(-1)
+    zoomed = replace(pair, zoom=ZoomPair(crop, taught))
+    expected = (answer - taught).abs().mean().item()
+    assert loss(zoomed)["upcycling"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_stored_outputs_do_not_answer_for_other_inputs(pair):

@@ -21,7 +21,13 @@ from kdsr.objectives.features import (
     on_one_grid,
     spatial_affinity,
 )
-from kdsr.objectives.mutual_information import LEAST_SPREAD, VariationalBound, info_nce, jensen_shannon
+from kdsr.objectives.mutual_information import (
+    LEAST_SPREAD,
+    CriticBound,
+    VariationalBound,
+    info_nce,
+    jensen_shannon,
+)
 from kdsr.objectives.step import Parts, Taps
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EdsrSpec, EspcnSpec, RepChainSpec
@@ -130,6 +136,25 @@ def test_the_critic_tells_its_bound_in_nats_and_never_more_than_its_negatives_al
     assert told["critic/negatives"] == 3 * 4 - 1
     assert told["critic/nats"] <= math.log(12) + 1e-6
     assert told["weight/critic"] == 1
+
+
+def test_a_pair_is_the_same_place_of_the_same_image_in_both_networks():
+    torch.manual_seed(0)
+    config = term({"kind": "critic", "positions": 6, "temperature": 0.05}, ONE)
+    critic = CriticBound(config, Parts(nn.Identity(), student_widths={"a": 16}, teacher_widths={"b": 16}))
+    critic.students[0], critic.teachers[0] = nn.Identity(), nn.Identity()
+    features = torch.randn(3, 16, 4, 5)
+    assert -critic.compare(features, features, 0).item() > 0.95 * math.log(18)
+    for moved in (features.roll(1, dims=3), features.roll(1, dims=0)):
+        assert -critic.compare(features, moved, 0).item() < 0.5 * math.log(18)
+
+
+@pytest.mark.parametrize("kind", ["variational", "critic"])
+def test_a_bound_is_told_in_nats_whatever_its_weight(kind, pair):
+    bound = term({"kind": kind, "weight": 0.25})
+    objective = build_objective(net(STUDENT), [bound], teacher=net(TEACHER, 1))
+    minimised = objective(pair)[kind].item()
+    assert objective.after_step()[f"{kind}/nats"] == pytest.approx(-4 * minimised, rel=1e-5)
 
 
 def test_info_nce_is_log_n_for_certainty_and_zero_for_ignorance():
