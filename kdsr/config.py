@@ -1072,6 +1072,17 @@ class ServeConfig(Frozen):
             raise ValueError("tls_certificate and tls_key belong together; give both or none")
         return self
 
+    @property
+    def longest_body_seconds(self) -> float:
+        """For any body to arrive; an image that becomes a job may come as slowly as that of a request."""
+        largest = 0 if self.jobs is None else self.jobs.max_upload_bytes
+        return max(1.0, largest / self.limits.max_body_bytes) * self.limits.body_seconds
+
+    @property
+    def longest_seconds(self) -> float:
+        """Of any request, from its first byte to its answer."""
+        return self.longest_body_seconds + self.limits.timeout_seconds
+
 
 # ---------------------------------------------------------------- demo
 

@@ -172,9 +172,8 @@ class JobRoutes:
     async def _receive(self, request: Request, file: IO[bytes]) -> str:
         """The body into `file`; its sha256."""
         limits, digest, size = self._entrance.limits, hashlib.sha256(), 0
-        # As slow as a body of a plain request may be.
-        factor = max(1.0, self._jobs.max_upload_bytes / limits.max_body_bytes)
-        async for chunk in timely(request.stream(), limits, seconds=factor * limits.body_seconds):
+        seconds = self._entrance.config.longest_body_seconds
+        async for chunk in timely(request.stream(), limits, seconds=seconds):
             size += len(chunk)
             if size > self._jobs.max_upload_bytes:
                 raise too_long(self._jobs.max_upload_bytes)
