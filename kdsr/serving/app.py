@@ -228,9 +228,10 @@ async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Resp
         options = contract.read_options(query_of(request), body.fields)
         (await entrance.backend.describe()).model(options.model)
         data = await _image(entrance, body)
-        with entrance.holding(len(data) if body.image is None else 0):
-            order = await _order(request, entrance, options, data)
-            return await _answer(request, entrance, caller, order, began)
+    # From here on what there is: a body that announced no length has held as much as it might become.
+    with entrance.holding(len(data)):
+        order = await _order(request, entrance, options, data)
+        return await _answer(request, entrance, caller, order, began)
 
 
 def _announced(request: Request, limits: LimitsConfig) -> int:

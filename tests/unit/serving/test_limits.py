@@ -14,6 +14,7 @@ import pytest
 
 from kdsr.engine import Engine
 from kdsr.serving.access import SAFETY
+from kdsr.serving.bodies import inspected
 from tests.small_server import encoded, picture_of, problem
 
 
@@ -134,6 +135,25 @@ def test_bodies_on_their_way_are_bounded_together(serve):
     entrance.waiting_bytes = 0
     picture_of(server.upscale(encoded()))
     assert entrance.waiting_bytes == 0
+
+
+def test_a_body_that_announced_no_length_counts_by_what_it_has_once_it_is_there(serve, monkeypatch):
+    server, seen, data = serve(), [], encoded()
+
+    def look(*arguments):
+        seen.append(server.app.state.entrance.waiting_bytes)
+        return inspected(*arguments)
+
+    monkeypatch.setattr("kdsr.serving.app.inspected", look)
+    picture_of(server.upscale(iter([data])))
+    assert seen == [len(data)]
+
+
+def test_a_body_that_may_become_more_than_all_together_goes_alone(serve):
+    server = serve(limits={"max_body_bytes": 2**20, "max_waiting_bytes": 2**20})
+    picture_of(server.upscale(iter([encoded()])))
+    server.app.state.entrance.waiting_bytes = 1
+    assert problem(server.upscale(iter([encoded()]))) == (429, "busy")
 
 
 @pytest.mark.parametrize(
