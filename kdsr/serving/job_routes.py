@@ -56,11 +56,9 @@ class JobRoutes:
         description = await self._entrance.backend.describe()
         given = idempotency_key(request)
         id_ = job_id(caller.name, given)
+        # What was made already needs no room.
         if given is None or not await self._stored(self._records.is_there, id_):
             await self._require_room(caller)
-        else:
-            # What was made already needs no room and costs nothing.
-            caller = Caller(caller.name)
         if kind == "application/json":
             job = await self._from_places(request, caller, description, id_)
         elif kind.startswith("image/") or kind in RAW_TYPES:
@@ -148,13 +146,18 @@ class JobRoutes:
                 digest = await self._receive(request, file)
                 path = Path(file.name)
                 name = digest[:32] + await asyncio.to_thread(_suffix, path)
+                places = self._records.upload_places(id_, name)
+                wanted = request_of(
+                    options, description, owner=caller.name, places=places, upload_sha256=digest
+                )
+                # What came before is not kept and counted again, and another image under its key not at all.
+                made = await self._stored(self._records.made, id_, wanted)
+                if made is not None:
+                    return made
                 pixels = await self._pixels(path, options, description, caller)
                 with self._entrance.quotas.spent(caller, pixels):
                     await self._stored(self._records.announce, id_, caller.name)
-                    places = await self._stored(self._records.put_upload, id_, name, path)
-                    wanted = request_of(
-                        options, description, owner=caller.name, places=places, upload_sha256=digest
-                    )
+                    await self._stored(self._records.put_upload, id_, name, path)
                     return await self._stored(self._records.create, id_, wanted)
         finally:
             self._uploads -= 1

@@ -174,12 +174,15 @@ def test_a_broken_upload_is_refused_where_its_pixels_are_counted(counted):
     assert problem(answer) == (422, "invalid-image")
 
 
-def test_another_image_under_the_key_replaces_nothing(client, records):
+def test_under_a_key_one_image_is_kept_once_and_another_one_not_at_all(client, records):
     headers = ANNA | {"Idempotency-Key": "k1", "Content-Type": "image/png"}
     first = client.post("/v1/jobs", content=encoded(20, 20), headers=headers).json()
-    assert problem(client.post("/v1/jobs", content=encoded(21, 20), headers=headers)) == (422, "reused-key")
     source = open_store(records.get(first["id"], owner="anna").request.input)
     assert [source.get(info.key) for info in source.list()] == [encoded(20, 20)]
+    before = {(info.key, info.etag) for info in records.store.list()}
+    assert client.post("/v1/jobs", content=encoded(20, 20), headers=headers).json() == first
+    assert problem(client.post("/v1/jobs", content=encoded(21, 20), headers=headers)) == (422, "reused-key")
+    assert {(info.key, info.etag) for info in records.store.list()} == before
 
 
 @pytest.mark.parametrize(
