@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdsr.checkpoint import load_card, load_model
 from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
@@ -106,7 +106,8 @@ class ModelHost:
             card = checked_card(network, self._config)
             if card.sha256 not in held:
                 held[card.sha256] = self._load_network(network)
-            served.append(held[card.sha256].served)
+            # The same weights may lie elsewhere by now, and jobs read them there.
+            served.append(replace(held[card.sha256].served, card=card, uri=network.uri))
         return ServedModel(name, tuple(sorted(served, key=lambda network: network.scale)))
 
     def _load_network(self, network: NetworkConfig) -> _Network:

@@ -32,6 +32,16 @@ def test_a_network_that_is_held_already_is_kept(server, tiny_models):
         assert server.host._networks[sha256] is before[sha256]
 
 
+def test_a_network_that_is_held_already_is_told_with_the_place_where_it_is_now(server, tmp_path):
+    old, _ = save_tiny(tmp_path / "old", scale=2)
+    server.host.load(table(tiny=[old]))
+    new, _ = save_tiny(tmp_path / "new", scale=2)
+    server.host.load(table(tiny=[new]))
+    assert len(server.host._networks) == 1
+    [network] = server.host.describe().models[0].networks
+    assert network.uri == new
+
+
 def test_another_content_at_the_same_place_is_loaded(server, tmp_path):
     uri, _ = save_tiny(tmp_path / "model", scale=2, seed=1)
     server.host.load(table(tiny=[uri]))
