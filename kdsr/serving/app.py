@@ -251,6 +251,8 @@ class _Order:
     wanted: Wanted
     pixels: int
     etag: str
+    fingerprint: str
+    """The same for the same request, whatever network answers it by now."""
 
 
 async def _order(request: Request, entrance: Entrance, options: Options, data: bytes) -> _Order:
@@ -263,7 +265,8 @@ async def _order(request: Request, entrance: Entrance, options: Options, data: b
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
     pixels = contract.check_limits(header, network, wanted, entrance.limits)
     etag = contract.etag_of(digest, network, wanted, tile_size=entrance.config.tile_size)
-    return _Order(data, header, model, network, wanted, pixels, etag)
+    fingerprint = f"{digest} {options.model} {wanted}"
+    return _Order(data, header, model, network, wanted, pixels, etag, fingerprint)
 
 
 async def _image(entrance: Entrance, body: Body) -> bytes:
@@ -289,7 +292,7 @@ async def _answer(
         raise Problem("same-result", "If-None-Match names this result; nothing was done", headers=headers)
     given = idempotency_key(request)
     key = None if given is None else (caller.name, given)
-    if key is not None and (kept := entrance.replays.begin(key, order.etag)) is not None:
+    if key is not None and (kept := entrance.replays.begin(key, order.fingerprint)) is not None:
         return _image_response(kept[0], kept[1] | {"Idempotency-Replayed": "true"})
     try:
         result = await _result(request, entrance, caller, order, began)
