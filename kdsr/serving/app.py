@@ -35,7 +35,7 @@ from kdsr.serving.fetch import Fetcher, refused
 from kdsr.serving.front import add_page
 from kdsr.serving.job_routes import JobRoutes
 from kdsr.serving.keys import Caller, Keys, Quotas
-from kdsr.serving.openapi import JOBS, UPSCALE, described
+from kdsr.serving.openapi import ANSWER_HEADERS, JOBS, UPSCALE, described, require_keys
 from kdsr.serving.problems import MEDIA_TYPE, Problem
 from kdsr.serving.replays import Replays
 
@@ -70,6 +70,8 @@ def build_app(
     app.add_exception_handler(HTTPException, _http_error)
     add_routes(app, entrance)
     add_page(app)
+    if keys:
+        require_keys(app.openapi())
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -82,18 +84,12 @@ def build_app(
                 "Accept",
                 "Idempotency-Key",
                 "If-None-Match",
+                "X-Request-Id",
             ],
-            expose_headers=[*EXPOSED, "Location"],
+            expose_headers=[*ANSWER_HEADERS, "Location", "Retry-After"],
         )
     app.add_middleware(Access, telemetry=entrance.telemetry, tells_id=tells_id)
     return app
-
-
-EXPOSED = (
-    *("ETag", "Kdsr-Model", "Kdsr-Network", "Kdsr-Scale", "Kdsr-Input-Size", "Kdsr-Output-Size"),
-    *("Kdsr-Queue-Ms", "Kdsr-Compute-Ms", "Kdsr-Batch-Size", "Retry-After", "Server-Timing", "X-Request-Id"),
-)
-"""Headers of answers that pages of other origins may read."""
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

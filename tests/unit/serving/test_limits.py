@@ -332,6 +332,19 @@ def test_no_page_of_another_origin_may_call_unless_it_is_named(serve):
     assert "access-control-allow-origin" not in other.headers
 
 
+def test_pages_of_other_origins_may_read_every_header_and_the_contract_names_it(serve):
+    server = serve(cors_origins=["https://a.example"])
+    sent = {"Idempotency_Key": "k", "Origin": "https://a.example"}
+    told = [server.upscale(encoded(), **sent) for _ in range(2)][1].headers
+    usual = {"content-length", "content-type", "cache-control", "vary"} | {name.lower() for name in SAFETY}
+    own = {name for name in told if name not in usual and not name.startswith("access-control-")}
+    exposed = told["access-control-expose-headers"].lower().split(", ")
+    document = server.client.get("/openapi.json").json()
+    named = document["paths"]["/v1/upscale"]["post"]["responses"]["200"]["headers"]
+    assert {"etag", "idempotency-replayed", "kdsr-scale"} < own == {name.lower() for name in named}
+    assert own < set(exposed)
+
+
 def test_metrics_count_requests_and_pixels(server):
     server.upscale(encoded(24, 32), query="?scale=2")
     server.client.get("/none")
