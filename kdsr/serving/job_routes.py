@@ -94,11 +94,15 @@ class JobRoutes:
         info = await self._stored(self._records.result, job.id)
         if info is None:
             raise Problem("not-found", "the job left no result; its message says why")
+        # For whoever may have it, and for nobody else's cache.
+        headers = {"ETag": f'"{info.etag}"', "Cache-Control": "private, no-cache"}
+        if contract.matches(request.headers.get("if-none-match", ""), headers["ETag"]):
+            return Response(status_code=304, headers=headers)
         head = await self._stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
         return StreamingResponse(
             self._parts(info),
             media_type=MEDIA_TYPES[codecs.identify(head)],
-            headers={"Content-Length": str(info.size), "ETag": f'"{info.etag}"'},
+            headers=headers | {"Content-Length": str(info.size)},
         )
 
     async def _stored(

@@ -179,11 +179,12 @@ def _job(name: str, summary: str, status: int, *kinds: str, **extra: Any) -> dic
         "headers": _headers(extra.pop("headers", {})),
         "content": extra.pop("content", {"application/json": {"schema": JOB_SCHEMA}}),
     }
+    others = extra.pop("others", {})
     return {
         "name": f"job_{name}",
         "summary": summary,
         "openapi_extra": {"parameters": path + extra.pop("parameters", [])} | extra,
-        "responses": {status: answer} | problems("unauthorized", "store-unavailable", *kinds),
+        "responses": {status: answer} | others | problems("unauthorized", "store-unavailable", *kinds),
     }
 
 
@@ -249,6 +250,7 @@ JOBS: dict[str, dict[str, Any]] = {
         *("not-found", "conflict"),
         answer="The upscaled image",
         content=_IMAGES,
-        headers={"ETag": "Of the file."},
+        headers={"ETag": "Of the file, for If-None-Match."},
+        others={304: {"description": "If-None-Match names the file"}},
     ),
 }

@@ -97,6 +97,8 @@ def test_an_image_that_is_sent_becomes_a_job_and_its_result_is_fetched(client, r
     assert client.get(where, headers=ANNA).json()["result"] == f"{where}/result"
     result = client.get(f"{where}/result", headers=ANNA)
     assert (result.content, result.headers["content-type"]) == (encoded(120, 160), "image/png")
+    known = client.get(f"{where}/result", headers=ANNA | {"If-None-Match": result.headers["etag"]})
+    assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", result.headers["etag"])
     paths = client.get("/openapi.json").json()["paths"]
     assert "image/png" in paths["/v1/jobs/{id}/result"]["get"]["responses"]["200"]["content"]
 

@@ -1,6 +1,7 @@
 """Models are added and replaced while others serve, and a bad one changes nothing."""
 
 import asyncio
+import json
 import threading
 import time
 
@@ -86,6 +87,17 @@ def test_callers_are_not_told_where_models_lie_and_the_log_is(server, tmp_path, 
     answer = server.client.get("/v1/models")
     assert "no card.json at ..." in answer.json()["failures"]["tiny"]
     assert str(tmp_path) not in answer.text and "a b" not in answer.text
+
+
+def test_the_name_of_a_network_adds_no_header(server, tmp_path):
+    uri, _ = save_tiny(tmp_path / "model", scale=2, seed=1)
+    card = tmp_path / "model" / "card.json"
+    content = json.loads(card.read_text(encoding="utf-8"))
+    card.write_text(json.dumps(content | {"name": "a\r\nSet-Cookie: b=\u20ac"}), encoding="utf-8")
+    assert server.host.load(table(tiny=[uri])) == {}
+    answer = server.upscale(encoded())
+    assert answer.headers["kdsr-network"] == "a__Set-Cookie:_b=_"
+    assert "set-cookie" not in answer.headers
 
 
 def test_without_any_model_there_is_a_reason_to_come_again(server):
