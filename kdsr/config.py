@@ -979,7 +979,7 @@ class LimitsConfig(Frozen):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
     """Of an image as it is sent."""
     max_pixels: int = Field(default=4_194_304, ge=1)
-    """Of an input; more is refused before anything is decoded. Of an animation in all its frames."""
+    """Of an input, in all its frames or pages; more is refused before anything is decoded."""
     max_output_pixels: int = Field(default=67_108_864, ge=1)
     """Of a result, and of what the network makes on the way to it."""
     max_frames: int = Field(default=200, ge=1)

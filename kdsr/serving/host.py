@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from kdsr.checkpoint import load_card, load_model
 from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
-from kdsr.encoded import HELD_FRAMES, Clock, EncodedUpscaler, StageFailed, goal_of
+from kdsr.encoded import Clock, EncodedUpscaler, StageFailed, goal_of, held_frames
 from kdsr.engine import Engine
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.serving.admission import MAX_CALLS, Admission
@@ -170,7 +170,7 @@ class ModelHost:
     def _cost(self, call: Call, network: _Network) -> int:
         """Bytes of the pictures that the call holds at most: the input, the network's output, the result."""
         header, scale = call.header, network.served.scale
-        pixels = header.height * header.width * min(header.frames, HELD_FRAMES)
+        pixels = header.largest_pixels * held_frames(str(call.wanted.format), header.frames)
         larger = max(scale, call.wanted.scale or 0) ** 2
         return int(pixels * (1 + 2 * larger)) * BYTES_PER_PIXEL * header.bits // 8
 

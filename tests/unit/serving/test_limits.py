@@ -12,9 +12,11 @@ import zlib
 import PIL.Image
 import pytest
 
+from kdsr.encoded import HELD_FRAMES
 from kdsr.engine import Engine
 from kdsr.serving.access import SAFETY
 from kdsr.serving.bodies import inspected
+from kdsr.serving.problems import Problem
 from tests.small_server import encoded, picture_of, problem
 
 
@@ -48,6 +50,14 @@ def endless_gif(frames):
     )
 
 
+def document(*sides):
+    """Pages of different sizes."""
+    pages = [PIL.Image.new("RGB", (side, side)) for side in sides]
+    buffer = io.BytesIO()
+    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_deflate")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "query"),
     [
@@ -57,8 +67,10 @@ def endless_gif(frames):
         (animation(21), ""),
         (endless_gif(150_000), ""),
         (encoded(24, 32), "?scale=16"),
+        (document(8, 8, 1000), ""),
+        (document(8, 90), "?scale=4"),
     ],
-    ids=["bomb", "huge bomb", "pixels", "frames", "endless", "scale"],
+    ids=["bomb", "huge bomb", "pixels", "frames", "endless", "scale", "pages", "pages to scale"],
 )
 def test_too_many_pixels_are_seen_in_the_header(serve, data, query):
     limits = {"max_pixels": 1_000_000, "max_frames": 20, "max_output_pixels": 100_000}
@@ -199,6 +211,33 @@ def test_what_a_replica_holds_is_bounded_and_others_are_told_when_to_come(serve)
     server.host._admission.leave(2**20 - 10, was_done=True)
     picture_of(server.upscale(encoded()))
     wait_for(lambda: server.host.describe().held_bytes == 0)
+
+
+def costs(server, monkeypatch, *requests):
+    """What is asked of a replica's memory for each; nothing is let in."""
+    seen = []
+
+    def enter(cost):
+        seen.append(cost)
+        raise Problem("busy", "full", retry_after=1)
+
+    monkeypatch.setattr(server.host._admission, "enter", enter)
+    for data, query in requests:
+        assert problem(server.upscale(data, query=query)) == (429, "busy")
+    return seen
+
+
+def test_pages_are_let_in_by_the_largest_and_frames_of_avif_all_together(server, monkeypatch):
+    first, last, gif, avif = costs(
+        server,
+        monkeypatch,
+        (document(64, 8), ""),
+        (document(8, 64), ""),
+        (animation(40), "?format=gif"),
+        (animation(40), "?format=avif"),
+    )
+    assert first == last
+    assert avif == gif * 40 / HELD_FRAMES
 
 
 def wait_for(condition):
