@@ -165,7 +165,7 @@ def add_routes(app: FastAPI, entrance: Entrance) -> None:
         ("/readyz", ["GET"], readyz, described("readyz")),
         ("/metrics", ["GET"], metrics, described("metrics")),
     ):
-        app.add_api_route(path, answering(handler), methods=methods, response_model=None, **documentation)
+        _add(app, path, handler, methods, **documentation)
     if entrance.config.jobs is not None:
         _add_job_routes(app, entrance, JobRoutes(entrance, entrance.config.jobs))
     app.add_api_route("/docs", answering(docs), methods=["GET"], include_in_schema=False, response_model=None)
@@ -186,9 +186,19 @@ def _add_job_routes(app: FastAPI, entrance: Entrance, routes: JobRoutes) -> None
         ("/v1/jobs/{id}", "DELETE", routes.cancel, JOBS["cancel"]),
         ("/v1/jobs/{id}/result", "GET", routes.result, JOBS["result"]),
     ):
-        app.add_api_route(
-            path, answering(known(work)), methods=[method], response_model=None, **documentation
-        )
+        _add(app, path, known(work), [method], **documentation)
+
+
+def _add(app: FastAPI, path: str, handler: Handler, methods: list[str], **documentation: Any) -> None:
+    # A class without a type, or the document would promise JSON beside what there is.
+    app.add_api_route(
+        path,
+        answering(handler),
+        methods=methods,
+        response_model=None,
+        response_class=Response,
+        **documentation,
+    )
 
 
 def public_limits(limits: LimitsConfig) -> dict[str, int]:

@@ -182,6 +182,7 @@ def _job(name: str, summary: str, status: int, *kinds: str, **extra: Any) -> dic
     others = extra.pop("others", {})
     return {
         "name": f"job_{name}",
+        "status_code": status,
         "summary": summary,
         "openapi_extra": {"parameters": path + extra.pop("parameters", [])} | extra,
         "responses": {status: answer} | others | problems("unauthorized", "store-unavailable", *kinds),

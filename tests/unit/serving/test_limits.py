@@ -16,6 +16,7 @@ from kdsr.encoded import HELD_FRAMES
 from kdsr.engine import Engine
 from kdsr.serving.access import SAFETY
 from kdsr.serving.bodies import inspected
+from kdsr.serving.contract import MEDIA_TYPES
 from kdsr.serving.problems import Problem
 from tests.small_server import encoded, picture_of, problem
 
@@ -369,6 +370,25 @@ def test_no_page_of_another_origin_may_call_unless_it_is_named(serve):
     )
     other = client.options("/v1/upscale", headers=asking | {"Origin": "https://b.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_contract_promises_what_comes_back_and_nothing_else(serve, tmp_path):
+    document = serve(jobs={"records": str(tmp_path)}).client.get("/openapi.json").json()
+    promised = {
+        (method, path): {status: set(answer["content"]) for status, answer in operation["responses"].items()
+                         if status.startswith("2")}
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }  # fmt: skip
+    images, a_json, a_text = set(MEDIA_TYPES.values()), {"application/json"}, {"text/plain"}
+    assert promised == {
+        ("post", "/v1/upscale"): {"200": images},
+        ("get", "/v1/models"): {"200": a_json},
+        **{("get", path): {"200": a_text} for path in ("/healthz", "/readyz", "/metrics")},
+        ("post", "/v1/jobs"): {"202": a_json},
+        **{(method, "/v1/jobs/{id}"): {"200": a_json} for method in ("get", "delete")},
+        ("get", "/v1/jobs/{id}/result"): {"200": images},
+    }
 
 
 def test_pages_of_other_origins_may_read_every_header_and_the_contract_names_it(serve):
