@@ -23,6 +23,7 @@ from kdsr.serving.jobs import (
     FINISHED,
     Job,
     JobRecords,
+    JobRequest,
     allowed_place,
     job_id,
     open_records,
@@ -131,7 +132,14 @@ class JobRoutes:
             await self._place(_text(content, "output"), self._jobs.outputs, what="output"),
         )
         options = contract.read_options(query_of(request), content)
-        wanted = request_of(options, description, owner=caller.name, places=places, include=tuple(include))
+        wanted = request_of(
+            options,
+            description,
+            owner=caller.name,
+            places=places,
+            include=tuple(include),
+            tile_size=self._entrance.config.tile_size,
+        )
         return await self._stored(self._records.create, id_, wanted)
 
     async def _place(self, uri: str, allowed: tuple[str, ...], *, what: str) -> str:
@@ -147,24 +155,30 @@ class JobRoutes:
         self._uploads += 1
         try:
             with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
-                digest = await self._receive(request, file)
-                path = Path(file.name)
+                digest, path = await self._receive(request, file), Path(file.name)
                 name = digest[:32] + await asyncio.to_thread(_suffix, path)
-                places = self._records.upload_places(id_, name)
                 wanted = request_of(
-                    options, description, owner=caller.name, places=places, upload_sha256=digest
+                    options,
+                    description,
+                    owner=caller.name,
+                    places=self._records.upload_places(id_, name),
+                    upload_sha256=digest,
+                    tile_size=self._entrance.config.tile_size,
                 )
                 # What came before is not kept and counted again, and another image under its key not at all.
-                made = await self._stored(self._records.made, id_, wanted)
-                if made is not None:
+                if (made := await self._stored(self._records.made, id_, wanted)) is not None:
                     return made
                 pixels = await self._pixels(path, options, description, caller)
                 with self._entrance.quotas.spent(caller, pixels):
-                    await self._stored(self._records.announce, id_, caller.name)
-                    await self._stored(self._records.put_upload, id_, name, path)
-                    return await self._stored(self._records.create, id_, wanted)
+                    return await self._kept(id_, wanted, name, path)
         finally:
             self._uploads -= 1
+
+    async def _kept(self, id_: str, wanted: JobRequest, name: str, path: Path) -> Job:
+        """A new job, with its image in the store before anybody looks for it."""
+        await self._stored(self._records.announce, id_, wanted.owner)
+        await self._stored(self._records.put_upload, id_, name, path)
+        return await self._stored(self._records.create, id_, wanted)
 
     async def _pixels(
         self, path: Path, options: contract.Options, description: Description, caller: Caller

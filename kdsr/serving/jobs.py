@@ -60,7 +60,8 @@ class JobRequest(Frozen):
     """Uri of the network."""
     network_sha256: str
     precision: Precision = "auto"
-    """What the server computes with, so that a job has the pixels of an answer."""
+    """What the server computes with, so that a job has the pixels of an answer; so has `tile_size`."""
+    tile_size: int | None = None
     scale: float | None = None
     format: OutputFormat | None = None
     quality: int | None = None
@@ -74,6 +75,7 @@ class JobRequest(Frozen):
             model=self.network,
             scale=self.scale,
             precision=self.precision,
+            tile_size=self.tile_size,
             format=self.format,
             encode=encode,
             include=self.include,
@@ -334,6 +336,7 @@ def request_of(
     places: tuple[str, str],
     include: tuple[str, ...] = (),
     upload_sha256: str | None = None,
+    tile_size: int | None = None,
 ) -> JobRequest:
     """A job from what a caller gave; `places` are input and output. Raises Problem for an unknown model."""
     model = description.model(options.model)
@@ -352,6 +355,7 @@ def request_of(
         network=network.uri,
         network_sha256=network.card.sha256,
         precision=network.precision,
+        tile_size=tile_size,
         scale=options.scale,
         format=options.format,
         quality=options.quality,

@@ -81,6 +81,16 @@ def test_a_job_is_a_bulk_run_with_the_same_options(client, serve, places, record
     assert (config.model, config.include) == (tiny_models[2], ("*.png",))
 
 
+def test_a_job_computes_as_the_server_does(serve, places, records):
+    jobs = {"records": str(places / "records"), "inputs": [str(places)], "outputs": [str(places)]}
+    server = serve(jobs=jobs, tile_size=48, precision="float32")
+    server.client.post("/v1/jobs", json=asked(places))
+    server.client.post("/v1/jobs", content=encoded(), headers={"Content-Type": "image/png"})
+    requests = [records.get(id_, owner=owner).request for owner, id_ in records.unfinished()]
+    found = [request.upscale_config(server.config.jobs, server.config.store) for request in requests]
+    assert [(each.precision, each.tile_size) for each in found] == [("float32", 48)] * 2
+
+
 def test_an_image_that_is_sent_becomes_a_job_and_its_result_is_fetched(client, records):
     data = encoded(30, 40)
     answer = client.post("/v1/jobs?scale=4", content=data, headers=ANNA | {"Content-Type": "image/png"})
