@@ -146,7 +146,7 @@ def add_routes(app: FastAPI, entrance: Entrance) -> None:
         return PlainTextResponse("ok\n")
 
     async def readyz(_: Request) -> Response:
-        await entrance.backend.describe()
+        (await entrance.backend.describe()).model(None)
         return PlainTextResponse("ready\n")
 
     async def metrics(request: Request) -> Response:
