@@ -148,7 +148,8 @@ def _bits_of(data: bytes, layout: Layout, kind: int, number: int, value: bytes) 
         return 32
     if 2 * number <= len(value):
         return _number(value, 0, layout.order + "H")
-    return _number(data, _number(value, 0, layout.offset), layout.order + "H")
+    place = _number(value, 0, layout.offset)
+    return _number(data, place, layout.order + "H") if place + 2 <= len(data) else 32
 
 
 def starting_at(data: bytes, page: Page) -> bytes:
