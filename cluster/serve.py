@@ -203,7 +203,7 @@ def app(args: ServeConfig) -> serve.Application:
         num_replicas=args.entrances,
         ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": PROCESS},
         max_ongoing_requests=1000,
-        **_draining(args),
+        **_draining(args.longest_seconds),
     )
     jobs = _unchanged(serve.deployment(Jobs), settings).options(ray_actor_options={"num_cpus": 0})
     parts = [replicas.bind(settings, session.worker_threads(args.cluster))]
@@ -220,11 +220,10 @@ def _unchanged(deployment: serve.Deployment, settings: dict[str, Any]) -> serve.
     return deployment.options(version=f"{_THIS_PROCESS}-{digest[:16]}", _internal=True)
 
 
-def _draining(config: ServeConfig) -> dict[str, Any]:
+def _draining(longest_seconds: float) -> dict[str, Any]:
     """A replica that is to end first answers what it has. Our own access log is the only one."""
-    longest = config.limits.timeout_seconds + config.limits.body_seconds
     return {
-        "graceful_shutdown_timeout_s": longest + 10,
+        "graceful_shutdown_timeout_s": longest_seconds + 10,
         "health_check_timeout_s": 30,
         "logging_config": LoggingConfig(enable_access_log=False),
     }
@@ -246,7 +245,7 @@ def _replica_options(config: ServeConfig) -> dict[str, Any]:
         "max_ongoing_requests": 16 * MAX_CALLS,
         "max_queued_requests": 16 * MAX_CALLS,
         **_scaling(config),
-        **_draining(config),
+        **_draining(config.limits.timeout_seconds),
     }
 
 
@@ -275,7 +274,8 @@ def http_options(config: ServeConfig) -> HTTPOptions:
     return HTTPOptions(
         host=config.host,
         port=config.port,
-        request_timeout_s=config.limits.timeout_seconds + config.limits.body_seconds + 15,
+        # It counts from the first byte to the last one of the answer, uploads and results of jobs included.
+        request_timeout_s=config.longest_seconds + 15,
         keep_alive_timeout_s=30,
         ssl_certfile=text(config.tls_certificate),
         ssl_keyfile=text(config.tls_key),

@@ -979,7 +979,7 @@ class LimitsConfig(Frozen):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1)
     """Of an image as it is sent."""
     max_pixels: int = Field(default=4_194_304, ge=1)
-    """Of an input; more is refused before anything is decoded. Of an animation in all its frames."""
+    """Of an input, in all its frames or pages; more is refused before anything is decoded."""
     max_output_pixels: int = Field(default=67_108_864, ge=1)
     """Of a result, and of what the network makes on the way to it."""
     max_frames: int = Field(default=200, ge=1)
@@ -1071,6 +1071,17 @@ class ServeConfig(Frozen):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; give both or none")
         return self
+
+    @property
+    def longest_body_seconds(self) -> float:
+        """For any body to arrive; an image that becomes a job may come as slowly as that of a request."""
+        largest = 0 if self.jobs is None else self.jobs.max_upload_bytes
+        return max(1.0, largest / self.limits.max_body_bytes) * self.limits.body_seconds
+
+    @property
+    def longest_seconds(self) -> float:
+        """Of any request, from its first byte to its answer."""
+        return self.longest_body_seconds + self.limits.timeout_seconds
 
 
 # ---------------------------------------------------------------- demo

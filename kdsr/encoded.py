@@ -23,6 +23,12 @@ from kdsr.upscale import Upscaler
 HELD_FRAMES = 8
 """Frames of an animation that are in memory at once, those that its writer compares or packs included."""
 
+
+def held_frames(format_: str, frames: int) -> int:
+    """Frames of a result that are in memory at once: AVIF's writer wants all of them."""
+    return frames if format_ == "avif" else min(frames, HELD_FRAMES)
+
+
 Item = TypeVar("Item")
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar, cast
 from kdsr import codecs, windows
 from kdsr.codecs import ImageHeader
 from kdsr.config import UpscaleConfig
-from kdsr.encoded import HELD_FRAMES, Clock, EncodedUpscaler, Goal, StageFailed, goal_of
+from kdsr.encoded import Clock, EncodedUpscaler, Goal, StageFailed, goal_of, held_frames
 from kdsr.errors import (
     ImageCorrupt,
     ImageTooLarge,
@@ -145,7 +145,9 @@ class ObjectUpscaler:
         scale = self.upscaler.engine.scale
         height = min(header.height, BAND_ROWS) if goal.in_windows else header.height
         pixels = max(height * header.width * scale**2, goal.height * goal.width * height // header.height)
-        return pixels * min(goal.frames, HELD_FRAMES) * header.bits // 8
+        if goal.frames > 1:
+            pixels = pixels * header.largest_pixels // (header.height * header.width)
+        return pixels * held_frames(goal.format, goal.frames) * header.bits // 8
 
     # ------------------------------------------------------------ in memory
 

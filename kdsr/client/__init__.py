@@ -13,6 +13,7 @@
 and when it is said again is in `kdsr.client.calls`; here it is only carried out.
 """
 
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -84,18 +85,31 @@ class _Settings:
     """What both clients are made of."""
 
     def __init__(self, url: str, **settings: Unpack[Settings]) -> None:
-        """`url` is where the server's page is; a path in it is kept. Raises RequestError for no such url."""
+        """`url` is where the server's page is; a path in it is kept.
+
+        Raises RequestError for no such url, and for a key that no header can hold.
+        """
         self._retries = settings.get("retries", Retries())
         seconds, api_key = settings.get("timeout_seconds", 120.0), settings.get("api_key")
         # Redirects are not followed: a key must not travel to where it was not sent.
         self._options: dict[str, Any] = {
             "base_url": _address(url),
             "headers": {"User-Agent": f"kdsr/{__version__}"}
-            | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"}),
+            | ({} if api_key is None else {"Authorization": f"Bearer {_checked_key(api_key)}"}),
             "timeout": httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
             "verify": settings.get("verify", True),
             "transport": settings.get("transport"),
         }
+
+
+def _checked_key(api_key: str) -> str:
+    # Otherwise the error would come with the first request, and show the key.
+    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
+        raise RequestError(
+            "api_key: expected visible ASCII characters and nothing around them; a key that is read from a "
+            "file often ends with a line break: strip it"
+        )
+    return api_key
 
 
 def _address(url: str) -> httpx2.URL:

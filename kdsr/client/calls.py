@@ -233,7 +233,8 @@ def answered(ask: Ask, retries: Retries) -> Steps[Reply]:
         outcome = yield from _tried(ask)
         if isinstance(outcome, Reply):
             return outcome
-        pause = retries.pause(attempt) if outcome.pause is None else outcome.pause
+        # A server that says "at once" is not asked without a pause for as long as patience lasts.
+        pause = outcome.pause or retries.pause(attempt)
         if retries.now() + pause > end:
             raise outcome.failure
         yield Pause(pause)

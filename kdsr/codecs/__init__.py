@@ -19,7 +19,14 @@ from kdsr.codecs.formats import (
 )
 from kdsr.codecs.png import PngWriter
 from kdsr.codecs.raster import decode_png, encode, encode_png
-from kdsr.codecs.sequences import HOLD_FRAMES, MOST_FRAMES, count_frames, decode_frames, encode_frames
+from kdsr.codecs.sequences import (
+    HOLD_FRAMES,
+    MOST_FRAMES,
+    count_frames,
+    decode_frames,
+    encode_frames,
+    with_pages,
+)
 from kdsr.errors import ImageTooLarge
 from kdsr.image import Image
 
@@ -57,7 +64,8 @@ def probe(data: bytes, *, max_frames: int = MOST_FRAMES) -> ImageHeader:
     kind = identify(data)
     header = raster.probe(data, kind)
     frames, loop = count_frames(data, kind, at_most=max_frames)
-    return replace(header, frames=frames, loop=loop)
+    header = replace(header, frames=frames, loop=loop)
+    return with_pages(header, data) if kind == "tiff" and frames > 1 else header
 
 
 def decode(data: bytes, *, max_pixels: int) -> Image:

@@ -88,6 +88,18 @@ class ImageHeader:
     """Of a sample when decoded: 8, 16, or 32 for floating point."""
     loop: int = 0
     """How often an animation is played; 0 is for ever."""
+    page_pixels: tuple[int, ...] = ()
+    """Of each page of a document with several, which may differ in size; `bits` are those of the deepest."""
+
+    @property
+    def largest_pixels(self) -> int:
+        """Of the largest frame."""
+        return max(self.page_pixels, default=self.height * self.width)
+
+    @property
+    def all_pixels(self) -> int:
+        """Of all frames together."""
+        return sum(self.page_pixels) if self.page_pixels else self.height * self.width * self.frames
 
 
 def identify(head: bytes) -> str:

@@ -1,17 +1,26 @@
 """JPEG files written without holding up the other threads of Python, as Pillow does while it compresses.
 
-The compressor (libjpeg-turbo) is the same, and so are the pixels.
-Sources: JPEG File Interchange Format 1.02, 1992; Exif 3.0, section 4.7; ICC.1:2022, annex B.4.
+The compressor (libjpeg-turbo) is the same, and so are the pixels. Of files that are read, only how many scans
+they have.
+Sources: JPEG File Interchange Format 1.02, 1992; Exif 3.0, section 4.7; ICC.1:2022, annex B.4; ITU-T T.81,
+1992, annex B.
 """
 
+import re
 import struct
 
 import imagecodecs
 import numpy as np
 
 from kdsr.config import EncodeConfig
+from kdsr.errors import ImageUnsupported
 from kdsr.image import Image
 
+MOST_SCANS, MOST_SEGMENTS = 200, 10_000
+"""Each scan goes over all pixels anew, and takes a few bytes to ask for: a small file could ask for hours."""
+_SCAN, _END = 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
+"""Not a byte that is stuffed into a scan, nor what lets it begin anew."""
 _JFIF = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
 _DENSITY = slice(13, 18)  # unit, across, down
 _HEAD_BYTES = 20
@@ -21,6 +30,25 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _ICC = b"ICC_PROFILE\0"
 _LARGEST_CONTENT = 65_533  # of a segment, whose length of 16 bits counts itself
 _LARGEST_DENSITY = 65_535
+
+
+def require_few_scans(data: bytes) -> None:
+    """Raise ImageUnsupported for a file that is made to keep its decoder busy."""
+    # What looks like the begin of a scan may lie in a profile or a thumbnail too, or behind the picture.
+    if data.count(b"\xff\xda") > MOST_SCANS and _num_scans(data) > MOST_SCANS:
+        raise ImageUnsupported(f"JPEG of more than {MOST_SCANS} scans is not read; save it as a plain one")
+
+
+def _num_scans(data: bytes) -> int:
+    """Scans of the picture, counted as far as it matters; too many where its segments do not end."""
+    at, scans = 2, 0
+    for _ in range(MOST_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[1][0] == _END or scans > MOST_SCANS:
+            return scans
+        scans += found[1][0] == _SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return MOST_SCANS + 1
 
 
 def encode(image: Image, options: EncodeConfig) -> bytes:

@@ -98,6 +98,8 @@ def probe(data: bytes, kind: str) -> ImageHeader:
             return ImageHeader(kind, *tiff.size(page), bits=tiff.bits(page))
         if kind == "gif":
             return ImageHeader(kind, *canvas_size(data))
+        if kind == "jpeg":
+            jpeg.require_few_scans(data)
         picture = _open(png.with_metadata_first(data) if kind == "png" else data, kind)
         width, height = picture.size
         bits = _bits(data, picture, kind)

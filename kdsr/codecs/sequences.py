@@ -13,10 +13,10 @@ import numpy as np
 from PIL.AvifImagePlugin import AvifImageFile
 
 from kdsr.codecs import animated_webp, apng, raster, tiff_pages
-from kdsr.codecs.formats import identify, largest_side
+from kdsr.codecs.formats import ImageHeader, identify, largest_side
 from kdsr.codecs.gif import GifScanner, canvas_size, decode_gif, encode_gif
 from kdsr.config import EncodeConfig
-from kdsr.errors import ImageTooLarge, ImageUnsupported
+from kdsr.errors import ImageCorrupt, ImageTooLarge, ImageUnsupported
 from kdsr.image import Frame, Image
 
 MOST_FRAMES = 100_000
@@ -44,6 +44,13 @@ def count_frames(
     if frames > at_most:
         raise ImageTooLarge(f"the file has more than {at_most} frames; at most as many are read")
     return frames, plays
+
+
+def with_pages(header: ImageHeader, data: bytes) -> ImageHeader:
+    """`header`, that of the first page, with what all pages of a TIFF have."""
+    pages = tiff_pages.scan_pages(data, at_most=header.frames)
+    pixels = tuple(page.height * page.width for page in pages)
+    return replace(header, page_pixels=pixels, bits=max(header.bits, *(page.bits for page in pages)))
 
 
 def _count_gif(data: bytes, at_most: int) -> tuple[int, int]:
@@ -156,6 +163,11 @@ def _page(data: bytes, page: tiff_pages.Page, max_pixels: int) -> Frame:
     alone = tiff_pages.starting_at(data, page)
     header = raster.probe(alone, "tiff")
     _check_size(header.height, header.width, max_pixels)
+    # What was let in by its directory is not to be larger.
+    if header.height * header.width != page.height * page.width:
+        raise ImageCorrupt(
+            f"the TIFF directory at byte {page.offset} tells its size otherwise than as two whole numbers"
+        )
     return Frame(raster.decode(alone, "tiff"))
 
 

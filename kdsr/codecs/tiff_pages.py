@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from kdsr.errors import ImageCorrupt, ImageTooLarge
 
-_SUBFILE_TYPE, _WIDTH, _HEIGHT = 254, 256, 257
+_SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS = 254, 256, 257, 258
+_FEW = (_SUBFILE_TYPE, _WIDTH, _HEIGHT)
+_SHORT = 3
 _NOT_A_PAGE = 1 | 4  # a smaller copy of another page, or its mask
 _MOST_ENTRIES = 4096  # in one directory, as libtiff has it
 _BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
@@ -60,6 +62,8 @@ class Page:
     height: int
     """Rows as stored; 0 where the directory does not tell."""
     width: int
+    bits: int
+    """Of a sample when it is decoded: 8, 16, or 32, at most."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def scan_pages(data: bytes, *, at_most: int) -> list[Page]:
         seen.add(at)
         fields, at_next = _few_fields(data, layout, at)
         if not pages or not fields.get(_SUBFILE_TYPE, 0) & _NOT_A_PAGE:
-            pages.append(Page(at, fields.get(_HEIGHT, 0), fields.get(_WIDTH, 0)))
+            bits = next((bits for bits in (8, 16) if fields.get(_BITS, 1) <= bits), 32)
+            pages.append(Page(at, fields.get(_HEIGHT, 0), fields.get(_WIDTH, 0), bits))
         at = at_next
     if not pages:
         raise ImageCorrupt("the TIFF has no page")
@@ -125,14 +130,26 @@ def _few_fields(data: bytes, layout: Layout, at: int) -> tuple[dict[int, int], i
     begin, count = _entry_bounds(data, layout, at)
     fields: dict[int, int] = {}
     for index in range(count):
-        tag, kind, _, value = layout.entry.unpack_from(data, begin + index * layout.entry.size)
-        if tag in (_SUBFILE_TYPE, _WIDTH, _HEIGHT) and kind in _NUMBERS:
+        tag, kind, number, value = layout.entry.unpack_from(data, begin + index * layout.entry.size)
+        if tag in _FEW and kind in _NUMBERS:
             letters = layout.order + _NUMBERS[kind]
             if struct.calcsize(letters) <= len(value):
                 (fields[tag],) = struct.unpack_from(letters, value)
-        if tag > _HEIGHT:
+        if tag == _BITS:
+            fields[tag] = _bits_of(data, layout, kind, number, value)
+        if tag > _BITS:
             break
     return fields, _number(data, begin + count * layout.entry.size, layout.offset)
+
+
+def _bits_of(data: bytes, layout: Layout, kind: int, number: int, value: bytes) -> int:
+    """Of the first sample, as all others; many where it is not told as the format wants it."""
+    if kind != _SHORT:
+        return 32
+    if 2 * number <= len(value):
+        return _number(value, 0, layout.order + "H")
+    place = _number(value, 0, layout.offset)
+    return _number(data, place, layout.order + "H") if place + 2 <= len(data) else 32
 
 
 def starting_at(data: bytes, page: Page) -> bytes:

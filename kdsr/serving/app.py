@@ -35,7 +35,7 @@ from kdsr.serving.fetch import Fetcher, refused
 from kdsr.serving.front import add_page
 from kdsr.serving.job_routes import JobRoutes
 from kdsr.serving.keys import Caller, Keys, Quotas
-from kdsr.serving.openapi import JOBS, UPSCALE, described
+from kdsr.serving.openapi import ANSWER_HEADERS, JOBS, UPSCALE, described, require_keys
 from kdsr.serving.problems import MEDIA_TYPE, Problem
 from kdsr.serving.replays import Replays
 
@@ -70,6 +70,8 @@ def build_app(
     app.add_exception_handler(HTTPException, _http_error)
     add_routes(app, entrance)
     add_page(app)
+    if keys:
+        require_keys(app.openapi())
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -82,18 +84,12 @@ def build_app(
                 "Accept",
                 "Idempotency-Key",
                 "If-None-Match",
+                "X-Request-Id",
             ],
-            expose_headers=[*EXPOSED, "Location"],
+            expose_headers=[*ANSWER_HEADERS, "Location", "Retry-After"],
         )
     app.add_middleware(Access, telemetry=entrance.telemetry, tells_id=tells_id)
     return app
-
-
-EXPOSED = (
-    *("ETag", "Kdsr-Model", "Kdsr-Network", "Kdsr-Scale", "Kdsr-Input-Size", "Kdsr-Output-Size"),
-    *("Kdsr-Queue-Ms", "Kdsr-Compute-Ms", "Kdsr-Batch-Size", "Retry-After", "Server-Timing", "X-Request-Id"),
-)
-"""Headers of answers that pages of other origins may read."""
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -150,7 +146,7 @@ def add_routes(app: FastAPI, entrance: Entrance) -> None:
         return PlainTextResponse("ok\n")
 
     async def readyz(_: Request) -> Response:
-        await entrance.backend.describe()
+        (await entrance.backend.describe()).model(None)
         return PlainTextResponse("ready\n")
 
     async def metrics(request: Request) -> Response:
@@ -169,7 +165,7 @@ def add_routes(app: FastAPI, entrance: Entrance) -> None:
         ("/readyz", ["GET"], readyz, described("readyz")),
         ("/metrics", ["GET"], metrics, described("metrics")),
     ):
-        app.add_api_route(path, answering(handler), methods=methods, response_model=None, **documentation)
+        _add(app, path, handler, methods, **documentation)
     if entrance.config.jobs is not None:
         _add_job_routes(app, entrance, JobRoutes(entrance, entrance.config.jobs))
     app.add_api_route("/docs", answering(docs), methods=["GET"], include_in_schema=False, response_model=None)
@@ -190,9 +186,19 @@ def _add_job_routes(app: FastAPI, entrance: Entrance, routes: JobRoutes) -> None
         ("/v1/jobs/{id}", "DELETE", routes.cancel, JOBS["cancel"]),
         ("/v1/jobs/{id}/result", "GET", routes.result, JOBS["result"]),
     ):
-        app.add_api_route(
-            path, answering(known(work)), methods=[method], response_model=None, **documentation
-        )
+        _add(app, path, known(work), [method], **documentation)
+
+
+def _add(app: FastAPI, path: str, handler: Handler, methods: list[str], **documentation: Any) -> None:
+    # A class without a type, or the document would promise JSON beside what there is.
+    app.add_api_route(
+        path,
+        answering(handler),
+        methods=methods,
+        response_model=None,
+        response_class=Response,
+        **documentation,
+    )
 
 
 def public_limits(limits: LimitsConfig) -> dict[str, int]:
@@ -228,9 +234,10 @@ async def _upscale(request: Request, entrance: Entrance, caller: Caller) -> Resp
         options = contract.read_options(query_of(request), body.fields)
         (await entrance.backend.describe()).model(options.model)
         data = await _image(entrance, body)
-        with entrance.holding(len(data) if body.image is None else 0):
-            order = await _order(request, entrance, options, data)
-            return await _answer(request, entrance, caller, order, began)
+    # From here on what there is: a body that announced no length has held as much as it might become.
+    with entrance.holding(len(data)):
+        order = await _order(request, entrance, options, data)
+        return await _answer(request, entrance, caller, order, began)
 
 
 def _announced(request: Request, limits: LimitsConfig) -> int:
@@ -250,6 +257,8 @@ class _Order:
     wanted: Wanted
     pixels: int
     etag: str
+    fingerprint: str
+    """The same for the same request, whatever network answers it by now."""
 
 
 async def _order(request: Request, entrance: Entrance, options: Options, data: bytes) -> _Order:
@@ -262,7 +271,8 @@ async def _order(request: Request, entrance: Entrance, options: Options, data: b
     wanted = contract.wanted_of(options, accept=accept, header=header, limits=entrance.limits)
     pixels = contract.check_limits(header, network, wanted, entrance.limits)
     etag = contract.etag_of(digest, network, wanted, tile_size=entrance.config.tile_size)
-    return _Order(data, header, model, network, wanted, pixels, etag)
+    fingerprint = f"{digest} {options.model} {wanted}"
+    return _Order(data, header, model, network, wanted, pixels, etag, fingerprint)
 
 
 async def _image(entrance: Entrance, body: Body) -> bytes:
@@ -288,7 +298,7 @@ async def _answer(
         raise Problem("same-result", "If-None-Match names this result; nothing was done", headers=headers)
     given = idempotency_key(request)
     key = None if given is None else (caller.name, given)
-    if key is not None and (kept := entrance.replays.begin(key, order.etag)) is not None:
+    if key is not None and (kept := entrance.replays.begin(key, order.fingerprint)) is not None:
         return _image_response(kept[0], kept[1] | {"Idempotency-Replayed": "true"})
     try:
         result = await _result(request, entrance, caller, order, began)

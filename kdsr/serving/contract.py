@@ -276,17 +276,16 @@ def matches(if_none_match: str, etag: str) -> bool:
 def output_pixels(header: ImageHeader, network: ServedNetwork, scale: float | None) -> int:
     """Those of the network or the result, whichever are more, over all frames."""
     factor = max(network.scale, scale or 0)
-    return int(header.height * header.width * header.frames * factor**2)
+    return int(header.all_pixels * factor**2)
 
 
 def check_limits(header: ImageHeader, network: ServedNetwork, wanted: Wanted, limits: LimitsConfig) -> int:
     """Output pixels. Raises Problem 413."""
-    pixels = header.height * header.width
     if header.frames > limits.max_frames:
         raise Problem(
             "image-too-large", f"{header.frames} frames; at most {limits.max_frames} are taken in one request"
         )
-    if pixels * header.frames > limits.max_pixels:
+    if header.all_pixels > limits.max_pixels:
         frames = f" in {header.frames} frames" if header.frames > 1 else ""
         raise Problem(
             "image-too-large",

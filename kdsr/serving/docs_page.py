@@ -40,11 +40,22 @@ def _operation(path: str, method: str, operation: Mapping[str, Any]) -> Iterator
     ]
     if parameters:
         yield from _table(("parameter", "in", ""), parameters)
+    if "security" in operation:
+        ways = "<code>Authorization: Bearer KEY</code> or <code>X-API-Key: KEY</code>"
+        yield f"<p>Needs an API key: {ways}.</p>"
     answers = [
         (status, answer["description"], ", ".join(answer.get("content", {})))
         for status, answer in operation["responses"].items()
     ]
     yield from _table(("status", "", "type"), answers)
+    headers = [
+        (name, header.get("description", ""))
+        for status, answer in operation["responses"].items()
+        for name, header in answer.get("headers", {}).items()
+        if status.startswith("2")
+    ]
+    if headers:
+        yield from _table(("header of the answer", ""), headers)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -53,8 +53,8 @@ class Entrance:
 
     @contextmanager
     def holding(self, num_bytes: int) -> Iterator[None]:
-        """Count so many bytes until the block ends. Raises Problem 429 when there is no room for them."""
-        if self.waiting_bytes + num_bytes > self.limits.max_waiting_bytes:
+        """Count so many bytes until the block ends. Raises Problem 429 without room beside others."""
+        if self.waiting_bytes and self.waiting_bytes + num_bytes > self.limits.max_waiting_bytes:
             raise Problem("busy", "too many bodies are on their way already; try again later", retry_after=1)
         self.waiting_bytes += num_bytes
         try:

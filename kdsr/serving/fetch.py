@@ -24,6 +24,9 @@ PORTS = {"http": 80, "https": 443}
 CHUNK_BYTES = 64 * 2**10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32", "fec0::/10", "3fff::/20")))
+"""What Python takes for global, in some versions or in all: where clouds answer their own machines, Azure's
+under an address that looks like any other; site-local addresses, and those for documentation."""
 
 Resolve = Callable[[str, int], list[str]]
 
@@ -46,7 +49,8 @@ def is_public(address: str) -> bool:
             within = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if within is not None:
             return is_public(str(within))
-    return found.is_global and not (found.is_multicast or found.is_reserved)
+    is_special = found.is_multicast or found.is_reserved or any(found in network for network in _NOT_PUBLIC)
+    return found.is_global and not is_special
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdsr.checkpoint import load_card, load_model
 from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
-from kdsr.encoded import HELD_FRAMES, Clock, EncodedUpscaler, StageFailed, goal_of
+from kdsr.encoded import Clock, EncodedUpscaler, StageFailed, goal_of, held_frames
 from kdsr.engine import Engine, give_back_memory
 from kdsr.errors import CheckpointCorrupt, KdsrError, RequestError
 from kdsr.serving.admission import MAX_CALLS, Admission
@@ -112,7 +112,8 @@ class ModelHost:
             card = checked_card(network, self._config)
             if card.sha256 not in held:
                 held[card.sha256] = self._load_network(network)
-            served.append(held[card.sha256].served)
+            # The same weights may lie elsewhere by now, and jobs read them there.
+            served.append(replace(held[card.sha256].served, card=card, uri=network.uri))
         return ServedModel(name, tuple(sorted(served, key=lambda network: network.scale)))
 
     def _load_network(self, network: NetworkConfig) -> _Network:
@@ -178,7 +179,7 @@ class ModelHost:
     def _cost(self, call: Call, network: _Network) -> int:
         """Bytes of the pictures that the call holds at most: the input, the network's output, the result."""
         header, scale = call.header, network.served.scale
-        pixels = header.height * header.width * min(header.frames, HELD_FRAMES)
+        pixels = header.largest_pixels * held_frames(str(call.wanted.format), header.frames)
         larger = max(scale, call.wanted.scale or 0) ** 2
         return int(pixels * (1 + 2 * larger)) * BYTES_PER_PIXEL * header.bits // 8
 

@@ -23,6 +23,7 @@ from kdsr.serving.jobs import (
     FINISHED,
     Job,
     JobRecords,
+    JobRequest,
     allowed_place,
     job_id,
     open_records,
@@ -56,11 +57,9 @@ class JobRoutes:
         description = await self._entrance.backend.describe()
         given = idempotency_key(request)
         id_ = job_id(caller.name, given)
+        # What was made already needs no room.
         if given is None or not await self._stored(self._records.is_there, id_):
             await self._require_room(caller)
-        else:
-            # What was made already needs no room and costs nothing.
-            caller = Caller(caller.name)
         if kind == "application/json":
             job = await self._from_places(request, caller, description, id_)
         elif kind.startswith("image/") or kind in RAW_TYPES:
@@ -96,11 +95,15 @@ class JobRoutes:
         info = await self._stored(self._records.result, job.id)
         if info is None:
             raise Problem("not-found", "the job left no result; its message says why")
+        # For whoever may have it, and for nobody else's cache.
+        headers = {"ETag": f'"{info.etag}"', "Cache-Control": "private, no-cache"}
+        if contract.matches(request.headers.get("if-none-match", ""), headers["ETag"]):
+            return Response(status_code=304, headers=headers)
         head = await self._stored(self._records.store.get, info.key, start=0, length=codecs.HEAD_BYTES)
         return StreamingResponse(
             self._parts(info),
             media_type=MEDIA_TYPES[codecs.identify(head)],
-            headers={"Content-Length": str(info.size), "ETag": f'"{info.etag}"'},
+            headers=headers | {"Content-Length": str(info.size)},
         )
 
     async def _stored(
@@ -129,7 +132,14 @@ class JobRoutes:
             await self._place(_text(content, "output"), self._jobs.outputs, what="output"),
         )
         options = contract.read_options(query_of(request), content)
-        wanted = request_of(options, description, owner=caller.name, places=places, include=tuple(include))
+        wanted = request_of(
+            options,
+            description,
+            owner=caller.name,
+            places=places,
+            include=tuple(include),
+            tile_size=self._entrance.config.tile_size,
+        )
         return await self._stored(self._records.create, id_, wanted)
 
     async def _place(self, uri: str, allowed: tuple[str, ...], *, what: str) -> str:
@@ -145,19 +155,30 @@ class JobRoutes:
         self._uploads += 1
         try:
             with tempfile.NamedTemporaryFile(prefix="kdsr-") as file:
-                digest = await self._receive(request, file)
-                path = Path(file.name)
+                digest, path = await self._receive(request, file), Path(file.name)
                 name = digest[:32] + await asyncio.to_thread(_suffix, path)
+                wanted = request_of(
+                    options,
+                    description,
+                    owner=caller.name,
+                    places=self._records.upload_places(id_, name),
+                    upload_sha256=digest,
+                    tile_size=self._entrance.config.tile_size,
+                )
+                # What came before is not kept and counted again, and another image under its key not at all.
+                if (made := await self._stored(self._records.made, id_, wanted)) is not None:
+                    return made
                 pixels = await self._pixels(path, options, description, caller)
                 with self._entrance.quotas.spent(caller, pixels):
-                    await self._stored(self._records.announce, id_, caller.name)
-                    places = await self._stored(self._records.put_upload, id_, name, path)
-                    wanted = request_of(
-                        options, description, owner=caller.name, places=places, upload_sha256=digest
-                    )
-                    return await self._stored(self._records.create, id_, wanted)
+                    return await self._kept(id_, wanted, name, path)
         finally:
             self._uploads -= 1
+
+    async def _kept(self, id_: str, wanted: JobRequest, name: str, path: Path) -> Job:
+        """A new job, with its image in the store before anybody looks for it."""
+        await self._stored(self._records.announce, id_, wanted.owner)
+        await self._stored(self._records.put_upload, id_, name, path)
+        return await self._stored(self._records.create, id_, wanted)
 
     async def _pixels(
         self, path: Path, options: contract.Options, description: Description, caller: Caller
@@ -172,9 +193,8 @@ class JobRoutes:
     async def _receive(self, request: Request, file: IO[bytes]) -> str:
         """The body into `file`; its sha256."""
         limits, digest, size = self._entrance.limits, hashlib.sha256(), 0
-        # As slow as a body of a plain request may be.
-        factor = max(1.0, self._jobs.max_upload_bytes / limits.max_body_bytes)
-        async for chunk in timely(request.stream(), limits, seconds=factor * limits.body_seconds):
+        seconds = self._entrance.config.longest_body_seconds
+        async for chunk in timely(request.stream(), limits, seconds=seconds):
             size += len(chunk)
             if size > self._jobs.max_upload_bytes:
                 raise too_long(self._jobs.max_upload_bytes)

@@ -60,7 +60,8 @@ class JobRequest(Frozen):
     """Uri of the network."""
     network_sha256: str
     precision: Precision = "auto"
-    """What the server computes with, so that a job has the pixels of an answer."""
+    """What the server computes with, so that a job has the pixels of an answer; so has `tile_size`."""
+    tile_size: int | None = None
     scale: float | None = None
     format: OutputFormat | None = None
     quality: int | None = None
@@ -74,6 +75,7 @@ class JobRequest(Frozen):
             model=self.network,
             scale=self.scale,
             precision=self.precision,
+            tile_size=self.tile_size,
             format=self.format,
             encode=encode,
             include=self.include,
@@ -162,15 +164,21 @@ class JobRecords:
         try:
             self.store.create(f"{id_}/request.json", _bytes(request))
         except KeyExists:
-            job = self.get(id_, owner=request.owner)
-            if job.request.fingerprint != request.fingerprint:
-                raise Problem(
-                    "reused-key", "this Idempotency-Key was used for another job; make a new one"
-                ) from None
+            job = self._the_same(id_, request)
             if job.state in FINISHED:
                 self._close(id_, request.owner)
             return job
         return self.get(id_, owner=request.owner)
+
+    def made(self, id_: str, request: JobRequest) -> Job | None:
+        """The job that the same request made before. Raises Problem for the id of another request."""
+        return self._the_same(id_, request) if self.is_there(id_) else None
+
+    def _the_same(self, id_: str, request: JobRequest) -> Job:
+        job = self.get(id_, owner=request.owner)
+        if job.request.fingerprint != request.fingerprint:
+            raise Problem("reused-key", "this Idempotency-Key was used for another job; make a new one")
+        return job
 
     def get(self, id_: str, *, owner: str) -> Job:
         """A job of `owner`'s. Raises Problem 404 for others and for none."""
@@ -238,14 +246,16 @@ class JobRecords:
             self.store.delete(f"ended/{day}/{id_}")
         return forgotten
 
-    def put_upload(self, id_: str, name: str, path: Path) -> tuple[str, str]:
-        """Keep the image that was sent; returns uris of the job's own input and output.
+    def put_upload(self, id_: str, name: str, path: Path) -> None:
+        """Keep the image that was sent at the job's own input.
 
         `name` follows from the content, so that another one under the same key replaces nothing.
         """
-        folder = name.partition(".")[0]
-        self.store.put_file(f"{id_}/{folder}/{name}", path)
-        return f"{self.store.uri}/{id_}/{folder}", f"{self.store.uri}/{id_}/output"
+        self.store.put_file(f"{id_}/{_stem(name)}/{name}", path)
+
+    def upload_places(self, id_: str, name: str) -> tuple[str, str]:
+        """Uris of the input and output of a job from an upload."""
+        return f"{self.store.uri}/{id_}/{_stem(name)}", f"{self.store.uri}/{id_}/output"
 
     def result(self, id_: str) -> ObjectInfo | None:
         """The file that an uploaded image became."""
@@ -298,6 +308,10 @@ def _date(day: str) -> date | None:
     return None
 
 
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _is_id(text: str) -> bool:
     return len(text) == 32 and set(text) <= set("0123456789abcdef")
 
@@ -322,6 +336,7 @@ def request_of(
     places: tuple[str, str],
     include: tuple[str, ...] = (),
     upload_sha256: str | None = None,
+    tile_size: int | None = None,
 ) -> JobRequest:
     """A job from what a caller gave; `places` are input and output. Raises Problem for an unknown model."""
     model = description.model(options.model)
@@ -340,6 +355,7 @@ def request_of(
         network=network.uri,
         network_sha256=network.card.sha256,
         precision=network.precision,
+        tile_size=tile_size,
         scale=options.scale,
         format=options.format,
         quality=options.quality,

@@ -1,5 +1,6 @@
 """What /openapi.json says of each path beyond what FastAPI sees by itself."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from kdsr.serving.contract import MEDIA_TYPES, Options
@@ -27,6 +28,40 @@ PROBLEM_SCHEMA = {
     },
 }
 """RFC 9457."""
+
+ANSWER_HEADERS = {
+    "ETag": "Of input, network, options and tile size; for If-None-Match.",
+    "Kdsr-Model": "Name of the model.",
+    "Kdsr-Network": "Name of its network that did it.",
+    "Kdsr-Scale": "Of the result.",
+    "Kdsr-Input-Size": "WIDTHxHEIGHT.",
+    "Kdsr-Output-Size": "WIDTHxHEIGHT.",
+    "Kdsr-Queue-Ms": "Milliseconds until the first tile was begun.",
+    "Kdsr-Compute-Ms": "Milliseconds of the network over all tiles, summed over cores.",
+    "Kdsr-Batch-Size": "Most tiles, of any requests, that went through the network together.",
+    "Server-Timing": "The same with decoding and encoding.",
+    "Idempotency-Replayed": "true when the answer is that of an earlier request with the same key.",
+    "X-Request-Id": "As given, or new.",
+}
+"""Of an upscaled image."""
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+"""Both ways in which an API key may come."""
+
+
+def require_keys(document: dict[str, Any]) -> None:
+    """Say in the OpenAPI document that what may answer 401 needs a key."""
+    document.setdefault("components", {})["securitySchemes"] = KEYS
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "401" in operation["responses"]:
+                operation["security"] = [{name: []} for name in KEYS]
+
+
+def _headers(names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in names.items()}
 
 
 def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
@@ -108,6 +143,8 @@ def _body() -> dict[str, Any]:
     }
 
 
+_IMAGES = {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()}
+
 UPSCALE: dict[str, Any] = {
     "name": "upscale",
     "summary": "Upscale one image; the answer is the image",
@@ -115,9 +152,8 @@ UPSCALE: dict[str, Any] = {
     "responses": {
         200: {
             "description": "The upscaled image",
-            "content": {
-                name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()
-            },
+            "headers": _headers(ANSWER_HEADERS),
+            "content": _IMAGES,
         }
     }
     | problems(
@@ -138,13 +174,18 @@ UPSCALE: dict[str, Any] = {
 
 def _job(name: str, summary: str, status: int, *kinds: str, **extra: Any) -> dict[str, Any]:
     path = [] if name == "create" else [_ID]
-    content = {"application/json": {"schema": JOB_SCHEMA}}
+    answer = {
+        "description": extra.pop("answer", "The job"),
+        "headers": _headers(extra.pop("headers", {})),
+        "content": extra.pop("content", {"application/json": {"schema": JOB_SCHEMA}}),
+    }
+    others = extra.pop("others", {})
     return {
         "name": f"job_{name}",
+        "status_code": status,
         "summary": summary,
         "openapi_extra": {"parameters": path + extra.pop("parameters", [])} | extra,
-        "responses": {status: {"description": "The job", "content": content}}
-        | problems("unauthorized", "store-unavailable", *kinds),
+        "responses": {status: answer} | others | problems("unauthorized", "store-unavailable", *kinds),
     }
 
 
@@ -199,8 +240,18 @@ JOBS: dict[str, dict[str, Any]] = {
         *("image-too-large", "invalid-image", "invalid-option", "reused-key", "busy", "quota", "loading"),
         parameters=_parameters(),
         requestBody=_JOB_BODY,
+        headers={"Location": "Where to ask for it.", "Retry-After": "Seconds until it is worth asking."},
     ),
     "show": _job("show", "How far a job is", 200, "not-found"),
     "cancel": _job("cancel", "Stop a job; what is done stays", 200, "not-found", "conflict"),
-    "result": _job("result", "The file that an uploaded image became", 200, "not-found", "conflict"),
+    "result": _job(
+        "result",
+        "The file that an uploaded image became",
+        200,
+        *("not-found", "conflict"),
+        answer="The upscaled image",
+        content=_IMAGES,
+        headers={"ETag": "Of the file, for If-None-Match."},
+        others={304: {"description": "If-None-Match names the file"}},
+    ),
 }

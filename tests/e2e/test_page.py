@@ -155,6 +155,23 @@ def test_a_picture_is_upscaled_and_what_was_done_is_told(visit, served):
     assert Path(download.value.path()).read_bytes() == expected
 
 
+def test_results_that_are_seen_no_more_are_not_kept(visit):
+    page = visit()
+    upscale(page)
+    first = page.get_attribute("#download", "href")
+    page.evaluate(
+        """() => {
+          const revoke = URL.revokeObjectURL;
+          window.forgotten = [];
+          URL.revokeObjectURL = (url) => (forgotten.push(url), revoke.call(URL, url));
+        }"""
+    )
+    page.check("input[name=scale][value='2']")
+    page.click("#start:enabled")
+    page.wait_for_function("first => document.querySelector('#download').href !== first", arg=first)
+    assert page.evaluate("forgotten") == [first]
+
+
 def test_the_slider_follows_keys_and_mouse(visit):
     page = visit()
     upscale(page)
@@ -216,6 +233,7 @@ def test_a_wrong_file_is_told_in_plain_words(visit):
     page.click("#start:enabled")
     assert trouble(page).startswith("This is not a picture that can be read.")
     assert page.is_hidden("#again") and page.is_hidden("#result")
+    assert page.evaluate("document.activeElement.id") == "other"
     keep(page, "wrong")
 
 
@@ -310,9 +328,10 @@ def test_a_key_is_asked_for_where_one_is_needed_and_stays_in_the_tab(visit, mode
         page = visit(address)
         page.wait_for_selector("#access", state="visible")
         assert page.evaluate("document.activeElement.id") == "key"
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        assert trouble(page) == "This API key is not known here."
+        for wrong in ("wr\u00f6ng \u20ac", "wrong"):
+            page.fill("#key", wrong)
+            page.keyboard.press("Enter")
+            assert trouble(page) == "This API key is not known here."
         keep(page, "key")
         page.fill("#key", key)
         page.keyboard.press("Enter")

@@ -232,9 +232,7 @@ def test_what_serve_deploys_is_an_application_that_ray_and_kdsr_accept() -> None
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert config.auth == "keys" and config.keys_file is not None
-    assert content["http_options"]["request_timeout_s"] >= (
-        config.limits.timeout_seconds + config.limits.body_seconds
-    )
+    assert content["http_options"]["request_timeout_s"] > config.longest_seconds
 
 
 def test_the_service_on_kubernetes_deploys_the_same_with_room_to_grow_and_to_update() -> None:
@@ -249,8 +247,7 @@ def test_the_service_on_kubernetes_deploys_the_same_with_room_to_grow_and_to_upd
     assert workers["maxReplicas"] > config.cluster.most_workers
     assert int(container["resources"]["requests"]["cpu"]) > config.cluster.cpus_per_worker
     assert str(config.keys_file.parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
-    longest = config.limits.timeout_seconds + config.limits.body_seconds
-    assert pod["terminationGracePeriodSeconds"] > longest
+    assert pod["terminationGracePeriodSeconds"] > config.longest_seconds
 
 
 def test_the_aws_cluster_fits_the_schema_of_ray():

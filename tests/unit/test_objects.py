@@ -191,6 +191,16 @@ def test_a_result_beyond_its_format_takes_the_one_that_was_chosen(choice):
     assert goal_of(header(10, 30_000), config, net_scale=2).format == "jpeg"
 
 
+def test_the_budget_is_taken_for_the_largest_page_and_for_all_frames_of_an_avif(objects):
+    def cost(format_, **options):
+        found = header(10, 10, format_, **options)
+        return objects._cost(found, goal_of(found, objects.config, net_scale=2))
+
+    alike, mixed = (cost("tiff", frames=2, page_pixels=pixels) for pixels in ((100, 100), (100, 900)))
+    assert mixed == 9 * alike
+    assert cost("avif", frames=16) == 2 * cost("gif", frames=16)
+
+
 def test_the_oversized_result_is_written_under_the_key_of_the_task(objects):
     objects = configured(objects, encode=EncodeConfig(oversize="png"), max_pixels=10**6)
     status = objects.upscale(put(objects, "wide.webp", encoded("WEBP", 2, 9000)))

@@ -59,6 +59,7 @@ const key = () => sessionStorage.getItem("kdsr-key");
 const authorization = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
 
 async function askForOffer() {
+  if (/[^\x21-\x7e]/.test(key() ?? "")) return askForKey(true); // No header could hold it.
   let reply;
   try {
     reply = await fetch("v1/models", { headers: authorization(), cache: "no-store" });
@@ -258,7 +259,10 @@ function complain(text, { problem = {}, again = null, wait = null }) {
   $("again").onclick = () => (settle(), again());
   $("trouble-details").hidden = !problem.detail;
   $("trouble-details").lastElementChild.textContent = `${problem.detail} (${problem.instance})`;
+  // The focus that was on what has gone is not to fall off the page.
+  const isLost = [document.body, $("cancel")].includes(document.activeElement);
   if (again) $("again").focus();
+  else if (page.file && isLost) $("other").focus();
   if (again && wait && (page.order?.tries ?? 0) < MOST_TRIES) countDown(wait, again);
 }
 
@@ -285,6 +289,7 @@ function settle() {
 
 async function showResult(request, ms) {
   const blob = request.response;
+  URL.revokeObjectURL(page.result);
   page.result = URL.createObjectURL(blob);
   const after = $("after");
   after.src = page.result;

@@ -144,6 +144,14 @@ def test_a_wrong_call_is_refused_before_anything_is_sent(client, call, text):
         call(client)
 
 
+@pytest.mark.parametrize("key", ["hush\n", "hush hush", "h\u00fcsh", ""])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(kind, key):
+    with pytest.raises(RequestError, match="api_key") as refused:
+        kind("http://127.0.0.1:1", api_key=key)
+    assert "hush" not in str(refused.value)
+
+
 def test_a_refused_file_leaves_nothing_behind(client, tmp_path):
     source = tmp_path / "a.png"
     source.write_bytes(b"no image at all")

@@ -59,6 +59,11 @@ def test_the_server_says_when_to_come_again():
     assert outcome_of(BUSY, BUSY, OK) == (OK, [7.0, 7.0])
 
 
+def test_a_server_that_wants_to_be_asked_at_once_is_asked_after_pauses_all_the_same():
+    at_once = Reply(503, {"retry-after": "0"})
+    assert outcome_of(at_once, at_once, OK) == (OK, [0.5, 1])
+
+
 def test_pauses_double_up_to_a_limit_when_the_server_names_none():
     assert outcome_of(*[LOADING] * 8, OK, patience=1000) == (OK, [0.5, 1, 2, 4, 8, 16, 20, 20])
 

@@ -4,8 +4,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from kdsr import codecs
 from kdsr.codecs import jpeg
 from kdsr.config import EncodeConfig
+from kdsr.errors import ImageUnsupported
 from kdsr.image import Image
 
 RANDOM = np.random.default_rng(0)
@@ -61,3 +63,42 @@ def test_what_no_segment_holds_is_left_out():
 
 def test_a_resolution_that_the_format_cannot_say_is_the_nearest():
     assert opened(jpeg.encode(Image(PHOTO, dpi=(0.4, 1e6)), EncodeConfig())).info["dpi"] == (1, 65535)
+
+
+def with_scans(number, *, before=b"", behind=b""):
+    """A small progressive file whose last scan comes `number` times more."""
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (40, 24), 128).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:2] + before + data[2:end] + data[last:end] * number + data[end:] + behind
+
+
+def comment(content):
+    return b"\xff\xfe" + (len(content) + 2).to_bytes(2, "big") + content
+
+
+LIKE_SCANS = b"\xff\xda" * 1000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        with_scans(300),
+        with_scans(300, before=comment(LIKE_SCANS)),
+        with_scans(0, before=comment(b"\xff\xda") * 12_000),
+    ],
+    ids=["scans", "scans behind a comment", "comments"],
+)
+def test_a_file_that_asks_for_scans_without_end_is_refused_by_its_header(data):
+    with pytest.raises(ImageUnsupported, match="scans"):
+        codecs.probe(data)
+    with pytest.raises(ImageUnsupported, match="scans"):
+        codecs.decode(data, max_pixels=10_000)
+
+
+@pytest.mark.parametrize(
+    "data", [with_scans(100), with_scans(0, before=comment(LIKE_SCANS), behind=LIKE_SCANS)]
+)
+def test_what_only_looks_like_a_scan_is_none(data):
+    assert codecs.decode(data, max_pixels=10_000).pixels.shape == (24, 40, 1)

@@ -10,7 +10,7 @@ import tifffile
 from PIL import ImageOps, ImageSequence
 from PIL.ExifTags import Base
 
-from kdsr.codecs import apng, png, raster, tiff_pages
+from kdsr.codecs import apng, png, probe, raster, tiff_pages
 from kdsr.codecs.sequences import count_frames, decode_frames, encode_frames
 from kdsr.config import EncodeConfig
 from kdsr.errors import DataError, ImageCorrupt, ImageTooLarge, ImageUnsupported
@@ -311,6 +311,9 @@ def pages_file(**options):
 def test_pages_keep_their_sizes_and_depths(options):
     data, arrays = pages_file(**options)
     assert count_frames(data, "tiff") == (3, 0)
+    header = probe(data)
+    assert header.page_pixels == tuple(array.shape[0] * array.shape[1] for array in arrays)
+    assert (header.largest_pixels, header.all_pixels, header.bits) == (63, 63 + 60 + 24, 32)
     frames = decoded(data)
     for frame, array in zip(frames, arrays, strict=True):
         assert frame.seconds == 0
@@ -351,6 +354,17 @@ def test_smaller_copies_of_a_page_are_no_pages():
 
 
 # ---------------------------------------------------------------- refusals
+
+
+def test_a_page_that_hides_its_size_is_refused():
+    data, _ = pages_file()
+    broken = bytearray(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        tag = file.pages[1].tags["ImageWidth"]
+        struct.pack_into("<H", broken, tag.offset + 2, 9)  # A signed number: Pillow and tifffile take it.
+    assert probe(bytes(broken)).page_pixels[1] == 0
+    with pytest.raises(ImageCorrupt, match="tells its size"):
+        decoded(bytes(broken))
 
 
 def test_pages_that_follow_each_other_for_ever_are_refused():

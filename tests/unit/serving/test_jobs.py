@@ -81,6 +81,16 @@ def test_a_job_is_a_bulk_run_with_the_same_options(client, serve, places, record
     assert (config.model, config.include) == (tiny_models[2], ("*.png",))
 
 
+def test_a_job_computes_as_the_server_does(serve, places, records):
+    jobs = {"records": str(places / "records"), "inputs": [str(places)], "outputs": [str(places)]}
+    server = serve(jobs=jobs, tile_size=48, precision="float32")
+    server.client.post("/v1/jobs", json=asked(places))
+    server.client.post("/v1/jobs", content=encoded(), headers={"Content-Type": "image/png"})
+    requests = [records.get(id_, owner=owner).request for owner, id_ in records.unfinished()]
+    found = [request.upscale_config(server.config.jobs, server.config.store) for request in requests]
+    assert [(each.precision, each.tile_size) for each in found] == [("float32", 48)] * 2
+
+
 def test_an_image_that_is_sent_becomes_a_job_and_its_result_is_fetched(client, records):
     data = encoded(30, 40)
     answer = client.post("/v1/jobs?scale=4", content=data, headers=ANNA | {"Content-Type": "image/png"})
@@ -97,6 +107,10 @@ def test_an_image_that_is_sent_becomes_a_job_and_its_result_is_fetched(client, r
     assert client.get(where, headers=ANNA).json()["result"] == f"{where}/result"
     result = client.get(f"{where}/result", headers=ANNA)
     assert (result.content, result.headers["content-type"]) == (encoded(120, 160), "image/png")
+    known = client.get(f"{where}/result", headers=ANNA | {"If-None-Match": result.headers["etag"]})
+    assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", result.headers["etag"])
+    paths = client.get("/openapi.json").json()["paths"]
+    assert "image/png" in paths["/v1/jobs/{id}/result"]["get"]["responses"]["200"]["content"]
 
 
 def test_a_job_is_nobody_elses(client, places):
@@ -174,12 +188,15 @@ def test_a_broken_upload_is_refused_where_its_pixels_are_counted(counted):
     assert problem(answer) == (422, "invalid-image")
 
 
-def test_another_image_under_the_key_replaces_nothing(client, records):
+def test_under_a_key_one_image_is_kept_once_and_another_one_not_at_all(client, records):
     headers = ANNA | {"Idempotency-Key": "k1", "Content-Type": "image/png"}
     first = client.post("/v1/jobs", content=encoded(20, 20), headers=headers).json()
-    assert problem(client.post("/v1/jobs", content=encoded(21, 20), headers=headers)) == (422, "reused-key")
     source = open_store(records.get(first["id"], owner="anna").request.input)
     assert [source.get(info.key) for info in source.list()] == [encoded(20, 20)]
+    before = {(info.key, info.etag) for info in records.store.list()}
+    assert client.post("/v1/jobs", content=encoded(20, 20), headers=headers).json() == first
+    assert problem(client.post("/v1/jobs", content=encoded(21, 20), headers=headers)) == (422, "reused-key")
+    assert {(info.key, info.etag) for info in records.store.list()} == before
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,20 @@ def test_what_holds_no_secret_needs_no_key(serve, path):
     assert serve(auth="keys", keys={"anna": hashed("right")}).client.get(path).status_code == 200
 
 
+def test_the_contract_says_what_needs_a_key_and_how_it_comes(serve):
+    client = serve(auth="keys", keys={"anna": hashed("right")}).client
+    document = client.get("/openapi.json").json()
+    ways = {
+        path: {name for way in operation.get("security", []) for name in way}
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+    }
+    assert {path for path, names in ways.items() if names} == {"/v1/upscale", "/v1/models", "/metrics"}
+    assert ways["/v1/upscale"] == document["components"]["securitySchemes"].keys()
+    assert client.get("/docs").text.count("Needs an API key") == 3
+    assert "security" not in serve().client.get("/openapi.json").text
+
+
 def test_a_quota_is_counted_in_output_pixels_for_each_key(serve):
     keys = {"anna": hashed("a") | {"pixels_per_minute": 5000}, "bert": hashed("b")}
     server = serve(auth="keys", keys=keys)

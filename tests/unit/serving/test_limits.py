@@ -12,8 +12,12 @@ import zlib
 import PIL.Image
 import pytest
 
+from kdsr.encoded import HELD_FRAMES
 from kdsr.engine import Engine
 from kdsr.serving.access import SAFETY
+from kdsr.serving.bodies import inspected
+from kdsr.serving.contract import MEDIA_TYPES
+from kdsr.serving.problems import Problem
 from tests.small_server import encoded, picture_of, problem
 
 
@@ -47,6 +51,14 @@ def endless_gif(frames):
     )
 
 
+def document(*sides):
+    """Pages of different sizes."""
+    pages = [PIL.Image.new("RGB", (side, side)) for side in sides]
+    buffer = io.BytesIO()
+    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_deflate")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "query"),
     [
@@ -56,8 +68,10 @@ def endless_gif(frames):
         (animation(21), ""),
         (endless_gif(150_000), ""),
         (encoded(24, 32), "?scale=16"),
+        (document(8, 8, 1000), ""),
+        (document(8, 90), "?scale=4"),
     ],
-    ids=["bomb", "huge bomb", "pixels", "frames", "endless", "scale"],
+    ids=["bomb", "huge bomb", "pixels", "frames", "endless", "scale", "pages", "pages to scale"],
 )
 def test_too_many_pixels_are_seen_in_the_header(serve, data, query):
     limits = {"max_pixels": 1_000_000, "max_frames": 20, "max_output_pixels": 100_000}
@@ -136,6 +150,25 @@ def test_bodies_on_their_way_are_bounded_together(serve):
     assert entrance.waiting_bytes == 0
 
 
+def test_a_body_that_announced_no_length_counts_by_what_it_has_once_it_is_there(serve, monkeypatch):
+    server, seen, data = serve(), [], encoded()
+
+    def look(*arguments):
+        seen.append(server.app.state.entrance.waiting_bytes)
+        return inspected(*arguments)
+
+    monkeypatch.setattr("kdsr.serving.app.inspected", look)
+    picture_of(server.upscale(iter([data])))
+    assert seen == [len(data)]
+
+
+def test_a_body_that_may_become_more_than_all_together_goes_alone(serve):
+    server = serve(limits={"max_body_bytes": 2**20, "max_waiting_bytes": 2**20})
+    picture_of(server.upscale(iter([encoded()])))
+    server.app.state.entrance.waiting_bytes = 1
+    assert problem(server.upscale(iter([encoded()]))) == (429, "busy")
+
+
 @pytest.mark.parametrize(
     ("length", "expected"),
     [
@@ -179,6 +212,33 @@ def test_what_a_replica_holds_is_bounded_and_others_are_told_when_to_come(serve)
     server.host._admission.leave(2**20 - 10, was_done=True)
     picture_of(server.upscale(encoded()))
     wait_for(lambda: server.host.describe().held_bytes == 0)
+
+
+def costs(server, monkeypatch, *requests):
+    """What is asked of a replica's memory for each; nothing is let in."""
+    seen = []
+
+    def enter(cost):
+        seen.append(cost)
+        raise Problem("busy", "full", retry_after=1)
+
+    monkeypatch.setattr(server.host._admission, "enter", enter)
+    for data, query in requests:
+        assert problem(server.upscale(data, query=query)) == (429, "busy")
+    return seen
+
+
+def test_pages_are_let_in_by_the_largest_and_frames_of_avif_all_together(server, monkeypatch):
+    first, last, gif, avif = costs(
+        server,
+        monkeypatch,
+        (document(64, 8), ""),
+        (document(8, 64), ""),
+        (animation(40), "?format=gif"),
+        (animation(40), "?format=avif"),
+    )
+    assert first == last
+    assert avif == gif * 40 / HELD_FRAMES
 
 
 def wait_for(condition):
@@ -310,6 +370,38 @@ def test_no_page_of_another_origin_may_call_unless_it_is_named(serve):
     )
     other = client.options("/v1/upscale", headers=asking | {"Origin": "https://b.example"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_contract_promises_what_comes_back_and_nothing_else(serve, tmp_path):
+    document = serve(jobs={"records": str(tmp_path)}).client.get("/openapi.json").json()
+    promised = {
+        (method, path): {status: set(answer["content"]) for status, answer in operation["responses"].items()
+                         if status.startswith("2")}
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }  # fmt: skip
+    images, a_json, a_text = set(MEDIA_TYPES.values()), {"application/json"}, {"text/plain"}
+    assert promised == {
+        ("post", "/v1/upscale"): {"200": images},
+        ("get", "/v1/models"): {"200": a_json},
+        **{("get", path): {"200": a_text} for path in ("/healthz", "/readyz", "/metrics")},
+        ("post", "/v1/jobs"): {"202": a_json},
+        **{(method, "/v1/jobs/{id}"): {"200": a_json} for method in ("get", "delete")},
+        ("get", "/v1/jobs/{id}/result"): {"200": images},
+    }
+
+
+def test_pages_of_other_origins_may_read_every_header_and_the_contract_names_it(serve):
+    server = serve(cors_origins=["https://a.example"])
+    sent = {"Idempotency_Key": "k", "Origin": "https://a.example"}
+    told = [server.upscale(encoded(), **sent) for _ in range(2)][1].headers
+    usual = {"content-length", "content-type", "cache-control", "vary"} | {name.lower() for name in SAFETY}
+    own = {name for name in told if name not in usual and not name.startswith("access-control-")}
+    exposed = told["access-control-expose-headers"].lower().split(", ")
+    document = server.client.get("/openapi.json").json()
+    named = document["paths"]["/v1/upscale"]["post"]["responses"]["200"]["headers"]
+    assert {"etag", "idempotency-replayed", "kdsr-scale"} < own == {name.lower() for name in named}
+    assert own < set(exposed)
 
 
 def test_metrics_count_requests_and_pixels(server):

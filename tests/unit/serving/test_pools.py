@@ -102,8 +102,8 @@ def test_what_was_fetched_is_counted_among_the_bodies(serve, monkeypatch):
     url = json.dumps({"url": "http://example.org/"}).encode()
     headers = {"Content-Type": "application/json"}
     assert server.client.post("/v1/upscale", content=url, headers=headers).status_code == 200
-    assert seen == [len(url) + len(data)]
-    entrance.waiting_bytes = taken = 2**20 - len(url) - len(data) + 1
+    assert seen == [len(data)]
+    entrance.waiting_bytes = taken = 2**20 - len(data) + 1
     assert problem(server.client.post("/v1/upscale", content=url, headers=headers)) == (429, "busy")
     assert (entrance.waiting_bytes, len(seen)) == (taken, 1)
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kdsr.config import ServeConfig
 from kdsr.serving.problems import Problem
 from kdsr.serving.replays import Replays
 from tests.small_server import encoded, problem
@@ -20,6 +21,14 @@ def test_another_request_under_the_key_is_refused(server):
     server.upscale(encoded(), query="?scale=2", Idempotency_Key="k1")
     assert problem(server.upscale(encoded(), query="?scale=4", Idempotency_Key="k1")) == (422, "reused-key")
     assert problem(server.upscale(encoded(9, 9), query="?scale=2", Idempotency_Key="k1"))[0] == 422
+
+
+def test_a_request_is_the_same_when_its_model_was_replaced_meanwhile(server, tiny_models):
+    first = server.upscale(encoded(), Idempotency_Key="k1")
+    server.host.load(ServeConfig.model_validate({"models": {"tiny": [tiny_models[3]]}}).models)
+    again = server.upscale(encoded(), Idempotency_Key="k1")
+    assert (again.content, again.headers["etag"]) == (first.content, first.headers["etag"])
+    assert again.headers["idempotency-replayed"] == "true"
 
 
 def test_a_refusal_is_not_kept(serve):

@@ -1,6 +1,7 @@
 """Models are added and replaced while others serve, and a bad one changes nothing."""
 
 import asyncio
+import json
 import threading
 import time
 
@@ -30,6 +31,16 @@ def test_a_network_that_is_held_already_is_kept(server, tiny_models):
     assert len(before.keys() & server.host._networks.keys()) == 1
     for sha256 in before.keys() & server.host._networks.keys():
         assert server.host._networks[sha256] is before[sha256]
+
+
+def test_a_network_that_is_held_already_is_told_with_the_place_where_it_is_now(server, tmp_path):
+    old, _ = save_tiny(tmp_path / "old", scale=2)
+    server.host.load(table(tiny=[old]))
+    new, _ = save_tiny(tmp_path / "new", scale=2)
+    server.host.load(table(tiny=[new]))
+    assert len(server.host._networks) == 1
+    [network] = server.host.describe().models[0].networks
+    assert network.uri == new
 
 
 def test_another_content_at_the_same_place_is_loaded(server, tmp_path):
@@ -78,6 +89,17 @@ def test_callers_are_not_told_where_models_lie_and_the_log_is(server, tmp_path, 
     assert str(tmp_path) not in answer.text and "a b" not in answer.text
 
 
+def test_the_name_of_a_network_adds_no_header(server, tmp_path):
+    uri, _ = save_tiny(tmp_path / "model", scale=2, seed=1)
+    card = tmp_path / "model" / "card.json"
+    content = json.loads(card.read_text(encoding="utf-8"))
+    card.write_text(json.dumps(content | {"name": "a\r\nSet-Cookie: b=\u20ac"}), encoding="utf-8")
+    assert server.host.load(table(tiny=[uri])) == {}
+    answer = server.upscale(encoded())
+    assert answer.headers["kdsr-network"] == "a__Set-Cookie:_b=_"
+    assert "set-cookie" not in answer.headers
+
+
 def test_without_any_model_there_is_a_reason_to_come_again(server):
     empty = Description((), {}, 0, 0, 0.0)
 
@@ -85,9 +107,9 @@ def test_without_any_model_there_is_a_reason_to_come_again(server):
         return empty
 
     server.backend.describe = describe
-    answer = server.upscale(encoded())
-    assert problem(answer) == (503, "loading")
-    assert answer.headers["retry-after"] == "2"
+    for answer in (server.upscale(encoded()), server.client.get("/readyz")):
+        assert problem(answer) == (503, "loading")
+        assert answer.headers["retry-after"] == "2"
 
 
 def replica(*uris):

@@ -189,4 +189,4 @@ REFUSED = {
 def test_what_cannot_be_done_is_refused_with_its_reason(server, case):
     data, query, headers, expected = REFUSED[case]
     assert problem(server.upscale(data, query=query, **headers)) == expected
-    assert server.backend.calls in (0, 1)
+    assert server.backend.calls == 0
