@@ -97,7 +97,9 @@ def replica(*uris):
 
 
 def test_a_replica_starts_with_all_of_its_models_or_not_at_all(tiny_models, monkeypatch):
+    # A replica has its process for itself; this one belongs to other tests too.
     monkeypatch.setattr("cluster.serve._log_to_stderr", lambda: None)
+    monkeypatch.setattr("kdsr.engine.expect_any_size", lambda: None)
     bad, config = replica(tiny_models[2], f"{tiny_models[3]}-none")
     with pytest.raises(KdsrError, match="model other"):
         asyncio.run(bad.reconfigure({"models": config["models"]}))
