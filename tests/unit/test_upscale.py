@@ -40,6 +40,7 @@ from kdsr.upscale import (
     bleed,
     fitting,
 )
+from tests.waiting import wait_for
 
 SPECS = [
     EdsrSpec(scale=2, num_features=8, num_blocks=2),
@@ -452,13 +453,6 @@ def slow():
     with ComputeThreads(1) as compute, ThreadPoolExecutor(4) as threads:
         yield engine, Upscaler(engine, tile_size=32, compute=compute), threads
         engine.gate.release(1000)
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_small_image_passes_a_huge_one_and_both_are_as_when_alone(slow):

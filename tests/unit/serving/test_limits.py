@@ -6,7 +6,6 @@ import json
 import logging
 import struct
 import threading
-import time
 import zlib
 
 import PIL.Image
@@ -15,6 +14,7 @@ import pytest
 from kdsr.engine import Engine
 from kdsr.serving.access import SAFETY
 from tests.small_server import encoded, picture_of, problem
+from tests.waiting import wait_for
 
 
 def bomb(height, width):
@@ -179,13 +179,6 @@ def test_what_a_replica_holds_is_bounded_and_others_are_told_when_to_come(serve)
     server.host._admission.leave(2**20 - 10, was_done=True)
     picture_of(server.upscale(encoded()))
     wait_for(lambda: server.host.describe().held_bytes == 0)
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_caller_that_leaves_costs_no_more_tiles_and_gives_its_room_back(serve, monkeypatch):

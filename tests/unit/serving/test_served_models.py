@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from kdsr.errors import KdsrError, RequestError
 from kdsr.serving.contract import Description
 from kdsr.serving.host import check_table
 from tests.small_server import encoded, picture_of, problem, save_tiny
+from tests.waiting import wait_for
 
 
 def table(**models):
@@ -134,10 +134,7 @@ def test_a_network_that_was_replaced_long_ago_is_held_no_more(server, tiny_model
     monkeypatch.setattr("kdsr.serving.host.LEAVE_SECONDS", 0.01)
     stale(server)
     server.host.load(table(tiny=[tiny_models[3]]))
-    end = time.monotonic() + 60
-    while server.host._leaving:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(lambda: not server.host._leaving)
     answer = server.upscale(encoded())
     assert problem(answer) == (503, "loading")
     assert answer.headers["retry-after"] == "1"
@@ -160,14 +157,14 @@ def test_models_that_are_replaced_under_load_fail_no_request(server, tiny_models
 
     thread = threading.Thread(target=call)
     thread.start()
-    for scale in (3, 2, 4, 3):
-        seen = len(statuses)
-        server.host.load(table(tiny=[tiny_models[scale]]))
-        end = time.monotonic() + 60
-        while len(statuses) < seen + 3 and time.monotonic() < end:
-            time.sleep(0.005)
-    stop.set()
-    thread.join(60)
+    try:
+        for scale in (3, 2, 4, 3):
+            enough = len(statuses) + 3
+            server.host.load(table(tiny=[tiny_models[scale]]))
+            wait_for(lambda: len(statuses) >= enough)  # noqa: B023
+    finally:
+        stop.set()
+        thread.join(60)
     assert len(statuses) >= 12 and set(statuses) == {200}
 
 
