@@ -79,7 +79,7 @@ def test_callers_are_not_told_where_models_lie_and_the_log_is(server, tmp_path, 
 
 
 def test_without_any_model_there_is_a_reason_to_come_again(server):
-    empty = Description((), {}, 0, 0, 0.0)
+    empty = Description((), {}, 0, 0)
 
     async def describe():
         return empty
