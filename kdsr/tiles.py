@@ -1,4 +1,4 @@
-"""Cut an image into tiles. Knows sizes only: no pixels, no models, no torch."""
+"""Rectangles of an image, and how it is cut into tiles. Knows sizes only: no pixels, no models, no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +48,11 @@ class Box:
         return Box(
             self.top - outer.top, self.left - outer.left, self.bottom - outer.top, self.right - outer.left
         )
+
+    def clipped(self, height: int, width: int) -> "Box":
+        """What of it lies in an image of this size; may be empty."""
+        top, left = min(self.top, height), min(self.left, width)
+        return Box(top, left, max(top, min(self.bottom, height)), max(left, min(self.right, width)))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kdsr.codecs import raster
-from kdsr.codecs.canvas import Box, changed_box, cropped
+from kdsr.codecs.canvas import changed_box, cropped
 from kdsr.config import EncodeConfig
 from kdsr.errors import ImageCorrupt
 from kdsr.image import Frame, Image
+from kdsr.tiles import Box
 
 _ANIMATION, _XMP, _EXIF, _ALPHA, _ICC = 0x02, 0x04, 0x08, 0x10, 0x20
 _LONGEST = 2**24 - 1  # milliseconds in one frame

@@ -13,11 +13,12 @@ from fractions import Fraction
 from PIL.PngImagePlugin import PngImageFile
 
 from kdsr.codecs import metadata, png, raster
-from kdsr.codecs.canvas import Box, Canvas, changed_box, cropped, planes_of
+from kdsr.codecs.canvas import Canvas, changed_box, cropped, planes_of
 from kdsr.codecs.png import SIGNATURE
 from kdsr.config import EncodeConfig
 from kdsr.errors import ImageCorrupt, ImageUnsupported
 from kdsr.image import Frame, Image
+from kdsr.tiles import Box
 
 _CONTROL = struct.Struct(">IIIIIHHBB")
 _CLEAR, _RESTORE = 1, 2

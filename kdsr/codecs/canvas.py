@@ -1,40 +1,9 @@
 """The canvas of an animation: frames are laid onto it, and each state of it is one picture."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kdsr.image import Image
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of the canvas in pixels; `bottom` and `right` are the first ones outside."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    @property
-    def height(self) -> int:
-        """Rows."""
-        return self.bottom - self.top
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return self.right - self.left
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """To cut it out of an array (H, W, ...)."""
-        return slice(self.top, self.bottom), slice(self.left, self.right)
-
-    def clipped(self, height: int, width: int) -> "Box":
-        """What of it lies on a canvas of this size; may be empty."""
-        top, left = min(self.top, height), min(self.left, width)
-        return Box(top, left, max(top, min(self.bottom, height)), max(left, min(self.right, width)))
+from kdsr.tiles import Box
 
 
 class Canvas:

@@ -13,10 +13,11 @@ import numpy as np
 import PIL.Image
 from PIL.GifImagePlugin import GifImageFile
 
-from kdsr.codecs.canvas import Box, Canvas, changed_box, cropped
+from kdsr.codecs.canvas import Canvas, changed_box, cropped
 from kdsr.codecs.colour import to_srgb
 from kdsr.errors import ImageCorrupt
 from kdsr.image import Frame, Image
+from kdsr.tiles import Box
 
 _EXTENSION, _DESCRIPTOR, _TRAILER = 0x21, 0x2C, 0x3B
 _CONTROL, _APPLICATION = 0xF9, 0xFF

@@ -49,11 +49,6 @@ class RepConv(nn.Module):
             kernel = self.kernel + torch.einsum("ohyx,hi->oiyx", self.wide, self.expand)
             return kernel + F.pad(self.point, (1, 1, 1, 1)), self.bias
 
-    def forward_by_branches(self, features: Tensor) -> Tensor:
-        """The same output, branch after branch: what `folded` must equal."""
-        total = F.conv2d(features, self.kernel, self.bias, padding=1) + F.conv2d(features, self.point)
-        return total + F.conv2d(F.conv2d(features, self.expand[:, :, None, None]), self.wide, padding=1)
-
     @torch.no_grad()
     def set_folded(self, kernel: Tensor, bias: Tensor) -> None:
         """Move the 3x3 branch so that the fold becomes `kernel` and `bias`."""

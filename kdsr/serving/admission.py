@@ -24,13 +24,6 @@ class Admission:
         self._since = time.monotonic()
         self._lock = threading.Lock()
 
-    @property
-    def rate(self) -> float:
-        """Cost that is done in a second of being busy; 0 when nothing was done yet."""
-        with self._lock:
-            self._advance()
-            return self._rate()
-
     def enter(self, cost: int) -> None:
         """Keep room for `cost` until it leaves. Raises Problem 429 when there is none.
 
@@ -56,6 +49,7 @@ class Admission:
         return min(max(missing / rate, 1.0), LONGEST_WAIT_SECONDS) if rate > 0 else 5.0
 
     def _rate(self) -> float:
+        """Cost that is done in a second of being busy; 0 when nothing was done yet."""
         return self._done / self._busy_seconds if self._busy_seconds > 0 else 0.0
 
     def _advance(self) -> None:

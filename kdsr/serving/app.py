@@ -6,7 +6,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -378,8 +377,3 @@ def _count(entrance: Entrance, order: _Order, result: Result) -> None:
     telemetry.count("kdsr_output_pixels_total", result.height * result.width, model=model)
     telemetry.count("kdsr_compute_seconds_total", result.compute_seconds, model=model)
     telemetry.observe("kdsr_queue_seconds", result.queue_seconds, model=model)
-
-
-def options_schema() -> dict[str, Any]:
-    """The JSON schema of what a request may ask for."""
-    return Options.model_json_schema()

@@ -193,7 +193,6 @@ class Description:
     """By model: why what was asked for last is not what is served."""
     waiting_tiles: int
     held_bytes: int
-    pixels_per_second: float
 
     def model(self, name: str | None) -> ServedModel:
         """The model called `name`, or the first. Raises Problem."""

@@ -134,10 +134,7 @@ class ModelHost:
 
     def describe(self) -> Description:
         """What is served now."""
-        rate = self._admission.rate / BYTES_PER_PIXEL / 2
-        return Description(
-            self._models, dict(self._failures), self.waiting_tiles, self._admission.taken, rate
-        )
+        return Description(self._models, dict(self._failures), self.waiting_tiles, self._admission.taken)
 
     @property
     def waiting_tiles(self) -> int:

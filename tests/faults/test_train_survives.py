@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from kdsr.checkpoint import StateStore
 from kdsr.config import ClusterConfig, DistillConfig
 from kdsr.training import run_store, saved_step, train
 from tests.processes import train_over_processes
+from tests.waiting import wait_for
 from tests.whole_runs import TERMS, Places, config_of, history, make_places, outcome
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 NUM_STEPS = 150
 LIMIT_SECONDS = 400.0
+wait_until = partial(wait_for, seconds=LIMIT_SECONDS, pause=0.01)
 BOTH = ClusterConfig(num_workers=2, cpus_per_worker=1)
 
 
@@ -56,13 +59,6 @@ def whole(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def workers(root: int) -> set[int]:
     """Processes below `root` that train."""
     return {pid for pid, line, _ in processes(root) if "RayTrainWorker" in line}
-
-
-def wait_until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def hit(config: DistillConfig, told: dict[int, int]) -> None:

@@ -261,12 +261,11 @@ def test_rows_reach_the_ledger_at_once_at_first_and_also_when_the_run_breaks(tmp
     assert status_rows(output) == 5
 
 
-def job(config, **environment):
-    flags = [f"--{name}={getattr(config, name)}" for name in ("input", "output", "model")]
+def job(config, *flags):
+    given = [f"--{name}={getattr(config, name)}" for name in ("input", "output", "model")]
     return subprocess.Popen(
-        [sys.executable, "jobs/upscale.py", *flags],
+        [sys.executable, "jobs/upscale.py", *given, *flags],
         cwd=ROOT,
-        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -281,14 +280,14 @@ def status_rows(output):
 
 @pytest.mark.long
 def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_path):
-    # Large enough that the driver is killed in the middle and not at an end.
+    # Large enough, and on one core slow enough, that the driver is killed in the middle and not at an end.
     objects = {f"{n:03}.png": encoded("PNG", seed=n, size=(300, 400)) for n in range(100)}
     source, output = filled(str(tmp_path / "in"), objects), open_store(str(tmp_path / "out"))
     config = UpscaleConfig(input=source.uri, output=output.uri, model=model)
-    killed = job(config)
+    killed = job(config, "--cluster.cpus_per_worker", "1")
     deadline = time.monotonic() + 200
     while not status_rows(output) and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.02)
     killed.kill()
     killed.communicate()
     saved = status_rows(output)

@@ -3,9 +3,9 @@
 import os
 import signal
 import threading
-import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import pytest
 from ray import serve as ray_serve
@@ -14,7 +14,10 @@ from cluster import bulk, serve
 from infra.local import free_port
 from kdsr.config import ServeConfig, UpscaleConfig
 from kdsr.store import open_store
+from tests import waiting
 from tests.small_server import encoded, save_tiny
+
+wait_for = partial(waiting.wait_for, seconds=200, pause=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +112,3 @@ def replica_pid(address):
     details = ray_serve.context._get_global_client().get_serve_details()
     [replica] = details["applications"][serve.APP_NAME]["deployments"]["Replica"]["replicas"]
     return replica["pid"]
-
-
-def wait_for(condition):
-    end = time.monotonic() + 200
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)

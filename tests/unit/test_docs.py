@@ -75,6 +75,12 @@ def _code(page: Path) -> list[str]:
     return re.findall(r"```.*?```", text, re.DOTALL) + re.findall(r"`[^`\n]+`", text)
 
 
+def test_the_page_of_architecture_names_every_module() -> None:
+    named = set(re.findall(r"\w+", (ROOT / "docs/architecture.md").read_text(encoding="utf-8")))
+    modules = {path.stem for folder in ("kdsr", "cluster") for path in (ROOT / folder).glob("[!_]*")}
+    assert modules - {"py", "weights"} <= named
+
+
 def test_the_page_of_results_is_what_the_files_say() -> None:
     bench = runpy.run_path(str(ROOT / "bench/render_results.py"))
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == bench["render"]()

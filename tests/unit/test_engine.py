@@ -261,9 +261,12 @@ def test_a_tile_has_the_same_bytes_in_any_batch(tiles):
 def test_threads_that_share_an_engine_get_their_own_pictures():
     engine = Engine(trained_like(2), precision="bfloat16")
     batches = np.random.default_rng(0).integers(0, 256, (24, 1, 40, 40, 3), dtype=np.uint8)
-    expected = [engine.run(batch) for batch in batches]
-    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        found = list(threads.map(engine.run, batches))
+
+    def in_threads(number):
+        with ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            return list(threads.map(engine.run, batches))
+
+    found, expected = in_threads(4), in_threads(1)
     assert all((one == other).all() for one, other in zip(found, expected, strict=True))
 
 
@@ -298,7 +301,10 @@ def test_levels_become_pixels_on_the_device_as_they_do_here(tiles):
         pixels, finite = pixels_of(levels)
     assert finite.tolist() == [True, False, True]
     found = Engine(model).run(tiles)
-    assert (pixels.numpy()[[0, 2]] == found[[0, 2]]).all()
+    # A batch may add up in another order than its tiles, which turns what is halfway between two levels.
+    apart = np.abs(pixels.numpy()[[0, 2]].astype(int) - found[[0, 2]])
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
 
 
 class ThreadsShow(Constant):
@@ -335,13 +341,9 @@ with torch.inference_mode():
 def test_layers_made_for_a_hundred_sizes_are_kept_only_where_one_size_is_expected(expected, made):
     """Seen in oneDNN's own log; what they take of the memory differs from processor to processor."""
     command = [sys.executable, "-c", MANY_SIZES, expected]
-    log = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"ONEDNN_VERBOSE": "profile_create"},
-    ).stdout
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
+    environment["ONEDNN_VERBOSE"] = "profile_create"
+    log = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert log.count("create:cache_miss,cpu,convolution") == made
 
 

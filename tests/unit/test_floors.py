@@ -16,7 +16,7 @@ FLOORS = [
     "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark memory",
     "fit training validation observe label upscale resize windows encoded objects forecast evaluate report "
     "plots serving "
-    "upscale_report check_report compare compare_summary compare_report tune tune_report compress export",
+    "upscale_report check_report compare compare_summary compare_report tune tune_report",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 HEAVY = {"torch", "ray", "pyarrow", "boto3", "PIL"}
@@ -82,6 +82,10 @@ def test_a_library_is_imported_only_at_home(library, homes):
     for source in SOURCES:
         if any(name.split(".")[0] == library for name in imports(source)):
             assert any(source.is_relative_to(home) for home in homes), f"{source} imports {library}"
+
+
+def test_every_name_on_a_floor_is_a_module():
+    assert FLOOR_OF.keys() == {module_of(each) for each in SOURCES if each.parts[0] == "kdsr"} - {"__init__"}
 
 
 def test_floors_zero_and_one_know_no_torch():

@@ -67,7 +67,8 @@ def test_one_of_another_machine_is_given_up_when_it_shows_no_life(store, quick, 
     assert "run a was worked on by process 7 on elsewhere" in caplog.text
 
 
-def test_one_of_another_machine_that_lives_is_left_alone(store, quick):
+def test_one_of_another_machine_that_lives_is_left_alone(store, quick, monkeypatch):
+    monkeypatch.setattr(lease, "DEAD_SECONDS", 60.0)
     leave_behind(store, FAR)
     timer = threading.Timer(0.2, leave_behind, (store, FAR.model_copy(update={"renewed": 1})))
     timer.start()

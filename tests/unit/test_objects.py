@@ -18,7 +18,7 @@ from kdsr.manifest import Task
 from kdsr.models import build_model
 from kdsr.objects import ObjectUpscaler, PixelBudget, goal_of
 from kdsr.spec import BicubicSpec
-from kdsr.store import open_store
+from kdsr.store import FileStore, open_store
 from kdsr.upscale import Upscaler
 
 CONFIG = UpscaleConfig(input="in", output="out", model="photo-x2", max_pixels=100_000, max_frames=20)
@@ -313,17 +313,44 @@ def test_an_error_in_the_engine_is_a_row_as_well(objects, error, stage, error_cl
 # ---------------------------------------------------------------- time
 
 
-def test_every_second_is_booked_to_one_stage(objects):
-    status = objects.upscale(put(objects, "a", sequence("gif")))
-    parts = [
-        status.download_seconds,
-        status.decode_seconds,
-        status.net_seconds,
-        status.encode_seconds,
-        status.upload_seconds,
-    ]
-    assert all(part > 0 for part in parts)
-    assert sum(parts) + status.wait_seconds == pytest.approx(status.seconds, rel=0.1, abs=0.005)
+class ManualClock:
+    """A clock that stands still but for what is told to take a while."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def lasting(self, seconds, work):
+        """`work` that takes so long."""
+
+        def worked(*arguments, **options):
+            self.now += seconds
+            return work(*arguments, **options)
+
+        return worked
+
+
+def test_every_second_is_booked_to_the_stage_that_took_it(objects, monkeypatch):
+    task, clock, frames = put(objects, "a", sequence("gif")), ManualClock(), codecs.decode_frames
+
+    def slow_frames(*arguments, **options):
+        for frame in frames(*arguments, **options):
+            clock.now += 10
+            yield frame
+
+    monkeypatch.setattr("kdsr.encoded.time", clock)
+    monkeypatch.setattr(FileStore, "get", clock.lasting(1, FileStore.get))
+    monkeypatch.setattr(FileStore, "put", clock.lasting(10_000, FileStore.put))
+    monkeypatch.setattr(codecs, "decode_frames", slow_frames)
+    monkeypatch.setattr(codecs, "encode_frames", clock.lasting(1000, codecs.encode_frames))
+    monkeypatch.setattr(Upscaler, "upscale", clock.lasting(100, Upscaler.upscale))
+    status = objects.upscale(task)
+    parts = (status.download_seconds, status.decode_seconds, status.net_seconds)
+    assert parts == (1, 3 * 10, 3 * 100)
+    assert (status.encode_seconds, status.upload_seconds, status.wait_seconds) == (1000, 10_000, 0)
+    assert status.seconds == 11_331
 
 
 # ---------------------------------------------------------------- budget

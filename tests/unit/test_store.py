@@ -166,6 +166,15 @@ def stuck_writer(root: Path, pipe: Path, kind: str) -> Iterator[subprocess.Popen
         writer.communicate()
 
 
+def knows_unnamed_files(folder: Path) -> bool:
+    """Whether the file system of `folder` has them; some layered ones and network drives do not."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+
+
 def temporary_files(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.name.endswith(".tmp")]
 
@@ -180,7 +189,7 @@ def test_a_writer_killed_in_the_middle_leaves_what_was_there(
     with stuck_writer(root, tmp_path / "pipe", kind) as writer:
         os.kill(writer.pid, signal.SIGKILL)
         writer.communicate()
-    assert len(temporary_files(root)) == (kind == "named")
+    assert len(temporary_files(root)) == (kind == "named" or not knows_unnamed_files(root))
     assert keys(files) == (["key"] if before else [])
     assert files.exists("key") == bool(before)
     files.put("key", b"new")

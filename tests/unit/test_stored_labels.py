@@ -198,8 +198,11 @@ class Rounded(nn.Module):
 
 def test_stored_outputs_pull_like_a_live_teacher_that_answers_in_8_bits(place):
     pair = batch_of(place, place.label(), OUTPUT)
-    stored = gradients(pair, OUTPUT)
-    assert torch.equal(stored, gradients(live(pair), OUTPUT, teacher=Rounded(place.model)))
+    teacher = Rounded(place.model)
+    # What is halfway between two levels may fall to either side where sums are made in another order.
+    levels_apart = (255 * (pair.teacher_sr - teacher(pair.lr))).abs().round()
+    assert levels_apart.max() <= 1 and levels_apart.mean() < 1e-3
+    assert apart(gradients(pair, OUTPUT), gradients(live(pair), OUTPUT, teacher=teacher)) < 1e-3
 
 
 @pytest.mark.parametrize("term", TAPPED, ids=lambda term: f"{term.kind}-{getattr(term, 'over', '')}")

@@ -50,7 +50,6 @@ def test_the_time_to_wait_follows_from_the_speed_that_was_measured(clock):
         clock.now += 5
         admission.leave(50, was_done=True)
         clock.now += 100  # being idle is not being slow
-    assert admission.rate == pytest.approx(10, rel=0.1)
     admission.enter(100)
     with pytest.raises(Problem) as refused:
         admission.enter(30)
@@ -62,4 +61,7 @@ def test_what_was_given_up_does_not_count_as_speed(clock):
     admission.enter(50)
     clock.now += 1
     admission.leave(50, was_done=False)
-    assert admission.rate == 0
+    admission.enter(100)
+    with pytest.raises(Problem) as refused:
+        admission.enter(30)
+    assert refused.value.retry_after == 5, "as long as no speed is known"

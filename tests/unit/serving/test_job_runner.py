@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import threading
-import time
 
 import pytest
 
@@ -18,6 +17,7 @@ from kdsr.manifest import Report
 from kdsr.serving.jobs import JobCounts, JobOutcome, JobRecords, JobRequest, job_id
 from kdsr.store import open_store
 from tests.small_server import encoded
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -245,10 +245,3 @@ def test_two_clusters_on_the_same_records_do_not_both_run_jobs(config, records, 
 
 def end_thread(_):
     raise SystemExit
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)

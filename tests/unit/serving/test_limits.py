@@ -6,7 +6,6 @@ import json
 import logging
 import struct
 import threading
-import time
 import zlib
 
 import PIL.Image
@@ -19,6 +18,7 @@ from kdsr.serving.bodies import inspected
 from kdsr.serving.contract import MEDIA_TYPES
 from kdsr.serving.problems import Problem
 from tests.small_server import encoded, picture_of, problem
+from tests.waiting import wait_for
 
 
 def bomb(height, width):
@@ -239,13 +239,6 @@ def test_pages_are_let_in_by_the_largest_and_frames_of_avif_all_together(server,
     )
     assert first == last
     assert avif == gif * 40 / HELD_FRAMES
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_caller_that_leaves_costs_no_more_tiles_and_gives_its_room_back(serve, monkeypatch):

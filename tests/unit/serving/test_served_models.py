@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from kdsr.errors import KdsrError, RequestError
 from kdsr.serving.contract import Description
 from kdsr.serving.host import check_table
 from tests.small_server import encoded, picture_of, problem, save_tiny
+from tests.waiting import wait_for
 
 
 def table(**models):
@@ -101,7 +101,7 @@ def test_the_name_of_a_network_adds_no_header(server, tmp_path):
 
 
 def test_without_any_model_there_is_a_reason_to_come_again(server):
-    empty = Description((), {}, 0, 0, 0.0)
+    empty = Description((), {}, 0, 0)
 
     async def describe():
         return empty
@@ -119,7 +119,9 @@ def replica(*uris):
 
 
 def test_a_replica_starts_with_all_of_its_models_or_not_at_all(tiny_models, monkeypatch):
+    # A replica has its process for itself; this one belongs to other tests too.
     monkeypatch.setattr("cluster.serve._log_to_stderr", lambda: None)
+    monkeypatch.setattr("kdsr.engine.expect_any_size", lambda: None)
     bad, config = replica(tiny_models[2], f"{tiny_models[3]}-none")
     with pytest.raises(KdsrError, match="model other"):
         asyncio.run(bad.reconfigure({"models": config["models"]}))
@@ -154,10 +156,7 @@ def test_a_network_that_was_replaced_long_ago_is_held_no_more(server, tiny_model
     monkeypatch.setattr("kdsr.serving.host.LEAVE_SECONDS", 0.01)
     stale(server)
     server.host.load(table(tiny=[tiny_models[3]]))
-    end = time.monotonic() + 60
-    while server.host._leaving:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(lambda: not server.host._leaving)
     answer = server.upscale(encoded())
     assert problem(answer) == (503, "loading")
     assert answer.headers["retry-after"] == "1"
@@ -180,14 +179,14 @@ def test_models_that_are_replaced_under_load_fail_no_request(server, tiny_models
 
     thread = threading.Thread(target=call)
     thread.start()
-    for scale in (3, 2, 4, 3):
-        seen = len(statuses)
-        server.host.load(table(tiny=[tiny_models[scale]]))
-        end = time.monotonic() + 60
-        while len(statuses) < seen + 3 and time.monotonic() < end:
-            time.sleep(0.005)
-    stop.set()
-    thread.join(60)
+    try:
+        for scale in (3, 2, 4, 3):
+            enough = len(statuses) + 3
+            server.host.load(table(tiny=[tiny_models[scale]]))
+            wait_for(lambda: len(statuses) >= enough)  # noqa: B023
+    finally:
+        stop.set()
+        thread.join(60)
     assert len(statuses) >= 12 and set(statuses) == {200}
 
 
