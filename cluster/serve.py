@@ -52,8 +52,9 @@ FEW_LOOKS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5"}
 """The controller looks at everything so often; ten times a second it takes 8 % of a core to do nothing."""
 CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS}}
 """Proxies inherit it."""
-PROCESS = {"env_vars": {"MALLOC_ARENA_MAX": "2", **WITH_THE_MESSAGE}}
-"""For processes of many threads, which share two arenas: glibc keeps what is freed in each of them."""
+PROCESS = {"env_vars": {"MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "passive", **WITH_THE_MESSAGE}}
+"""For processes of many threads, which share two arenas: glibc keeps what is freed in each of them. And threads
+that wait for others of a layer sleep: a core that they spun on is one that another tile, or Ray, does not have."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
 """How long a description is taken for the present one, and how long it is better than none."""
 ANSWER_SECONDS = 3.0
