@@ -1027,7 +1027,7 @@ class ServeConfig(Frozen):
     """Serve models over HTTP."""
 
     models: Annotated[ModelTable, Field(min_length=1)] = Field(
-        default={"photo": (NetworkConfig(uri="photo-x2"), NetworkConfig(uri="photo-x4"))}
+        default={"photo": tuple(NetworkConfig(uri=f"photo-x{scale}") for scale in (2, 3, 4))}
     )
     """Networks of each model by its name. A request that names none gets the first."""
     host: str = "127.0.0.1"
