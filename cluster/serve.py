@@ -53,8 +53,8 @@ FEW_LOOKS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5"}
 CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS}}
 """Proxies inherit it."""
 PROCESS = {"env_vars": {"MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "passive", **WITH_THE_MESSAGE}}
-"""For processes of many threads, which share two arenas: glibc keeps what is freed in each of them. Threads that
-wait for others of a layer sleep: one that spins has a core that other tiles, or Ray, do not have."""
+"""For processes of many threads, which share two arenas: glibc keeps what is freed in each of them. Threads
+that wait for others of a layer sleep: one that spins has a core that other tiles, or Ray, do not have."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
 """How long a description is taken for the present one, and how long it is better than none."""
 ANSWER_SECONDS = 3.0
