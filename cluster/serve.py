@@ -49,7 +49,7 @@ WITH_THE_MESSAGE = {
 """Images of up to 8 MB go along from process to process. Ray would put what is above 100 KB into the object
 store and fetch it from there, at each hop, which takes longer than to copy it."""
 FEW_LOOKS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5"}
-"""The controller looks at everything so often; ten times a second it takes 8 % of a core to do nothing."""
+"""How often the controller looks at everything; Ray's ten times a second keep a core busy with nothing."""
 CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS}}
 """Proxies inherit it."""
 PROCESS = {"env_vars": {"MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "passive", **WITH_THE_MESSAGE}}

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from kdsr.checkpoint import load_card, load_model
+from kdsr.codecs import output_format
 from kdsr.config import ModelTable, NetworkConfig, Precision, ServeConfig
 from kdsr.encoded import Clock, EncodedUpscaler, StageFailed, goal_of, held_frames
 from kdsr.engine import Engine, give_back_memory
@@ -176,7 +177,8 @@ class ModelHost:
     def _cost(self, call: Call, network: _Network) -> int:
         """Bytes of the pictures that the call holds at most: the input, the network's output, the result."""
         header, scale = call.header, network.served.scale
-        pixels = header.largest_pixels * held_frames(str(call.wanted.format), header.frames)
+        format_ = call.wanted.format or output_format(header.format)
+        pixels = header.largest_pixels * held_frames(format_, header.frames)
         larger = max(scale, call.wanted.scale or 0) ** 2
         return int(pixels * (1 + 2 * larger)) * BYTES_PER_PIXEL * header.bits // 8
 

@@ -37,7 +37,7 @@ ANSWER_HEADERS = {
     "Kdsr-Input-Size": "WIDTHxHEIGHT.",
     "Kdsr-Output-Size": "WIDTHxHEIGHT.",
     "Kdsr-Queue-Ms": "Milliseconds until the first tile was begun.",
-    "Kdsr-Compute-Ms": "Milliseconds of the network over all tiles, summed over cores.",
+    "Kdsr-Compute-Ms": "Milliseconds of the network, the times of all tiles added up.",
     "Kdsr-Batch-Size": "Most tiles, of any requests, that went through the network together.",
     "Server-Timing": "The same with decoding and encoding.",
     "Idempotency-Replayed": "true when the answer is that of an earlier request with the same key.",

@@ -8,7 +8,9 @@ import pytest
 
 from cluster.serve import Replica
 from kdsr.config import ServeConfig
+from kdsr.engine import Engine
 from kdsr.errors import KdsrError, RequestError
+from kdsr.serving import host
 from kdsr.serving.contract import Description
 from kdsr.serving.host import check_table
 from tests.small_server import encoded, picture_of, problem, save_tiny
@@ -195,3 +197,20 @@ def test_a_table_is_checked_before_anything_starts(tiny_models):
         check_table(ServeConfig(models={"tiny": [tiny_models[2], tiny_models[2]]}))
     with pytest.raises(KdsrError, match="expected sha256"):
         check_table(ServeConfig(models={"tiny": [{"uri": tiny_models[2], "sha256": "0" * 64}]}))
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_network_whose_bytes_depend_on_the_cores_keeps_each_tile_on_one(serve, monkeypatch, is_same):
+    monkeypatch.setattr(Engine, "same_on_many_cores", lambda engine, num_threads: is_same)
+    assert serve().host._compute.splits_lone_tiles == is_same
+
+
+def test_memory_is_given_back_after_work_and_not_without(serve, monkeypatch):
+    given = []
+    monkeypatch.setattr(host, "TIDY_SECONDS", 0.005)
+    monkeypatch.setattr(host, "give_back_memory", lambda: given.append(server.host._answered))
+    server = serve()
+    assert given == []
+    picture_of(server.upscale(encoded()))
+    wait_for(lambda: given)
+    assert given == [1]
