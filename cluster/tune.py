@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ray import tune as ray_tune
+from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from tqdm import tqdm
 
@@ -59,7 +60,7 @@ def _run(config: TuneConfig, trials: Sequence[Trial]) -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     with progress_bar(len(trials), unit="trial") as bar:
         _tuner(config, trials, _Judge(config, trials, bar)).fit()
-    # A trial that is stopped may have a checkpoint under way; now its process is gone.
+    # Of a process that was killed: none writes any more.
     discard_left_over(config)
 
 
@@ -67,7 +68,7 @@ def _tuner(config: TuneConfig, trials: Sequence[Trial], judge: "_Judge") -> ray_
     cluster = config.cluster
     resources = {"cpu": session.worker_cpus(cluster), "gpu": int(cluster.use_gpu)}
     work = ray_tune.with_parameters(
-        _work, trials={trial.name: trial for trial in trials}, arguments=alone.arguments(cluster)
+        _Work, trials={trial.name: trial for trial in trials}, arguments=alone.arguments(cluster)
     )
     filesystem, root = open_store(config.output, config.store).arrow()
     return ray_tune.Tuner(
@@ -82,16 +83,36 @@ def _tuner(config: TuneConfig, trials: Sequence[Trial], judge: "_Judge") -> ray_
             storage_path=f"{root}/ray",
             storage_filesystem=filesystem,
             failure_config=ray_tune.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[judge.listener()],
             verbose=0,
         ),
     )
 
 
-def _work(setup: Mapping[str, str], *, trials: Mapping[str, Trial], arguments: dict[str, Any]) -> None:
-    """What one process does for one trial."""
-    for report in run_trial(trials[setup["trial"]], alone.worker(arguments)):
-        ray_tune.report({TIME: report.step, METRIC: report.psnr})
+class _Work(ray_tune.Trainable):  # type: ignore[misc]
+    """What one process does for one trial, held-out measurement by held-out measurement.
+
+    Not a function, whose thread Tune lets run on when the trial is told to stop: what it was writing would
+    come after the driver believes it gone.
+    """
+
+    def setup(
+        self, setup: Mapping[str, str], *, trials: Mapping[str, Trial], arguments: dict[str, Any]
+    ) -> None:
+        """Called by Tune in the process of the trial."""
+        self._reports = run_trial(trials[setup["trial"]], alone.worker(arguments))
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next measurement. After the last one Tune takes that again, and ends the trial."""
+        report = next(self._reports, None)
+        if report is None:
+            return {RESULT_DUPLICATE: True}
+        return {TIME: report.step, METRIC: report.psnr}
+
+    def cleanup(self) -> None:
+        """End where the trial is. What it is writing is written first."""
+        self._reports.close()
 
 
 class _Judge(ASHAScheduler):  # type: ignore[misc]

@@ -3,7 +3,7 @@
 The ledger is one row beside each run, written last. Knows no cluster; who is stopped is decided elsewhere.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,7 +116,7 @@ def check(config: TuneConfig, trials: Sequence[Trial]) -> None:
         raise RequestError(f"none of {len(trials)} trials can run; {causes[0]}")
 
 
-def run_trial(trial: Trial, worker: Worker) -> Iterator[Report]:
+def run_trial(trial: Trial, worker: Worker) -> Generator[Report, None, None]:
     """Run what is left of `trial`, telling all that it reached so far, and write its row.
 
     The last word comes after the row, so that whoever stops a trial at its end stops one that is done. An
