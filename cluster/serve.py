@@ -50,11 +50,17 @@ WITH_THE_MESSAGE = {
 store and fetch it from there, at each hop, which takes longer than to copy it."""
 FEW_LOOKS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5"}
 """How often the controller looks at everything; Ray's ten times a second keep a core busy with nothing."""
-CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS}}
+FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
+"""Shared by all threads of a process: glibc keeps what is freed in each of them."""
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+"""Bodies and results have pages of their own, which go when they do. glibc would move this limit above them
+as they come, and keep the holes that they leave among smaller things."""
+CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS, **FEW_ARENAS, **GIVES_BACK}}
 """Proxies inherit it."""
-PROCESS = {"env_vars": {"MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "passive", **WITH_THE_MESSAGE}}
-"""For processes of many threads, which share two arenas: glibc keeps what is freed in each of them. Threads
-that wait for others of a layer sleep: one that spins has a core that other tiles, or Ray, do not have."""
+ENTRANCE = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **GIVES_BACK}}
+REPLICA = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, "OMP_WAIT_POLICY": "passive"}}
+"""Threads that wait for others of a layer sleep: one that spins has a core that other tiles, or Ray, do not
+have. What is freed stays for the next layer, until `ModelHost` gives it back."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
 """How long a description is taken for the present one, and how long it is better than none."""
 ANSWER_SECONDS = 3.0
@@ -202,7 +208,7 @@ def app(args: ServeConfig) -> serve.Application:
     entrance = _unchanged(serve.deployment(serve.ingress()(Entrance)), settings).options(
         name="Entrance",
         num_replicas=args.entrances,
-        ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": PROCESS},
+        ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": ENTRANCE},
         max_ongoing_requests=1000,
         **_draining(args.longest_seconds),
     )
@@ -240,7 +246,7 @@ def _replica_options(config: ServeConfig) -> dict[str, Any]:
         "ray_actor_options": {
             "num_cpus": cpus,
             "num_gpus": 1 if cluster.use_gpu else 0,
-            "runtime_env": PROCESS,
+            "runtime_env": REPLICA,
         },
         # Admission refuses what is too much, at once; here nothing is to wait without being counted.
         "max_ongoing_requests": 16 * MAX_CALLS,

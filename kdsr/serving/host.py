@@ -25,7 +25,7 @@ logger = logging.getLogger("kdsr.serving")
 
 BYTES_PER_PIXEL = 4
 """Red, green, blue and alpha, for 8 bits."""
-TIDY_SECONDS = 60.0
+TIDY_SECONDS = 30.0
 """Between two times at which memory that is free is given back."""
 LEAVE_SECONDS = 10.0
 """How long a network that no model names any more answers whoever was told of it before."""
