@@ -3,10 +3,11 @@
     python bench/render_results.py
 
 A file is what jobs/evaluate.py or a script in bench/ wrote. The page has one section for each, in the order
-of their names. docs/distillation.md gets its table of gains from the same files.
+of their names. docs/distillation.md gets its tables of gains from the same files.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 METHODS_PAGE = ROOT / "docs" / "distillation.md"
-GAINS = ("<!-- written by bench/render_results.py -->", "<!-- until here -->")
-"""The marks between which METHODS_PAGE has the measured gains."""
+GAINS = re.compile(
+    r"(<!-- gains in (\w+)\.json, by bench/render_results\.py -->\n).*?(<!-- until here -->)", re.DOTALL
+)
+"""The marks between which METHODS_PAGE has the gains of a file."""
 
 INTRODUCTION = """# Results
 
@@ -76,22 +79,22 @@ def _compared(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def with_gains(page: str) -> str:
     """`page` with the gains of today's files between its marks."""
-    begin, end = (page.index(mark) for mark in GAINS)
-    return page[: begin + len(GAINS[0])] + f"\n{_gains()}\n" + page[end:]
+    return GAINS.sub(lambda marks: f"{marks[1]}{_gains(marks[2])}\n{marks[3]}", page)
 
 
-def _gains() -> str:
+def _gains(name: str) -> str:
     """A row for each method, a column for each student with the gain in dB, then the cost of a step."""
-    means = [row for row in _read("distillation")["summary"] if row["benchmark"] == "mean"]
+    means = [row for row in _read(name)["summary"] if row["benchmark"] == "mean"]
     students = list(dict.fromkeys((row["scale"], row["student"]) for row in means))
-    lines = [
-        f"| method | {' | '.join(f'{student}, x{scale}' for scale, student in students)} | cost of a step |",
-        f"|{' --- |' * (len(students) + 2)}",
-    ]
+    has_costs = any(row["cpu_seconds_per_step"] for row in means)
+    columns = ["method", *(f"{student}, x{scale}" for scale, student in students)]
+    columns += ["cost of a step"] * has_costs
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for method in dict.fromkeys(row["method"] for row in means):
         rows = {(row["scale"], row["student"]): row for row in means if row["method"] == method}
-        gains = [cell("gain", rows[each]["gain"]) if each in rows else "" for each in students]
-        lines.append(f"| {method} | {' | '.join(gains)} | {_cost(method, means)} |")
+        cells = [cell("gain", rows[each]["gain"]) if each in rows else "" for each in students]
+        cells += [_cost(method, means)] * has_costs
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
