@@ -52,8 +52,11 @@ class _Passage:
     def __init__(self, scope: Scope, send: Send, telemetry: Telemetry, tells_id: bool) -> None:
         self._scope, self._send, self._telemetry, self._tells_id = scope, send, telemetry, tells_id
         self._began, self._status, self._num_bytes = time.perf_counter(), 0, 0
-        self._id = _id_of(scope)
+        self._id, self._method = _id_of(scope), scope["method"]
         scope.setdefault("state", {})["request_id"] = self._id
+        if self._method == "HEAD":
+            # Whatever answers GET answers HEAD, which has the same headers and no body (RFC 9110, 9.3.2).
+            self._scope = {**scope, "method": "GET"}  # a copy: the server goes by its own
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         try:
@@ -74,9 +77,12 @@ class _Passage:
                 headers["X-Request-Id"] = self._id
             for name, value in SAFETY.items():
                 headers.setdefault(name, value)
-        elif message["type"] == "http.response.body":
+            await self._send(message)
+            if self._method == "HEAD":
+                await self._send({"type": "http.response.body", "body": b""})
+        elif self._method != "HEAD":
             self._num_bytes += len(message.get("body", b""))
-        await self._send(message)
+            await self._send(message)
 
     async def _fail(self) -> None:
         problem = Problem("internal", "an error on our side; it is in the log under this request's id")
@@ -96,7 +102,7 @@ class _Passage:
             "request_id": self._id,
             "caller": self._scope["state"].get("caller", "-"),
             "client": (self._scope.get("client") or ("-",))[0],
-            "method": self._scope["method"],
+            "method": self._method,
             "path": self._scope["path"][:200],
             "status": int(status),
             "bytes": self._num_bytes,

@@ -326,6 +326,22 @@ def test_another_method_is_told_which_are_known(server):
     assert answer.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models", "/openapi.json", "/", "/none"])
+def test_head_is_answered_as_get_is_without_the_body(server, path, caplog):
+    expected = server.client.get(path)
+    with caplog.at_level(logging.INFO, logger="kdsr.access"):
+        found = server.client.head(path)
+    assert (found.status_code, found.content) == (expected.status_code, b"")
+    names = ("content-type", "content-length", "content-security-policy")
+    assert [found.headers.get(name) for name in names] == [expected.headers.get(name) for name in names]
+    assert json.loads(caplog.records[-1].message)["method"] == "HEAD"
+
+
+def test_head_of_what_takes_images_names_what_it_takes(server):
+    answer = server.client.head("/v1/upscale")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
 @pytest.mark.parametrize("given", ["a b", "x" * 65, "a\tb", "<script>", "é".encode()])
 def test_an_id_that_is_not_harmless_is_replaced(server, given):
     answer = server.client.get("/healthz", headers={"X-Request-Id": given})
