@@ -254,6 +254,8 @@ class Soak:
         self.found |= {"soak_minutes": self._arguments.minutes, "slopes_mb_per_hour": memory.slopes()}
         self._row("broken", requests=statuses.total(), failed=sum(bad.values()))
         self._row("memory", minutes=self._arguments.minutes, **memory.row())
+        for part in ("replica", "entrance", "proxy"):
+            self._row(f"memory of the {part}", slope_mb_per_hour=memory.slopes().get(part))
 
     def _broken(self, ended: threading.Event) -> Counter[int]:
         """How often each status came back to one broken file after the other."""
