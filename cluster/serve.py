@@ -55,12 +55,16 @@ FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 """Bodies and results have pages of their own, which go when they do. glibc would move this limit above them
 as they come, and keep the holes that they leave among smaller things."""
-CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS, **FEW_ARENAS, **GIVES_BACK}}
-"""Proxies inherit it."""
+KEEPS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
+"""Where networks run: what is freed stays for the next layer, see `kdsr.engine.keep_freed_memory`."""
+CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS, **GIVES_BACK}}
+"""Proxies inherit it, and so does everything else but for what it has of its own."""
 ENTRANCE = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **GIVES_BACK}}
-REPLICA = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, "OMP_WAIT_POLICY": "passive"}}
+REPLICA = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **KEEPS, "OMP_WAIT_POLICY": "passive"}}
 """Threads that wait for others of a layer sleep: one that spins has a core that other tiles, or Ray, do not
-have. What is freed stays for the next layer, until `ModelHost` gives it back."""
+have."""
+JOBS = {"env_vars": KEEPS}
+"""For the workers of the bulk runs that it starts."""
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
 """How long a description is taken for the present one, and how long it is better than none."""
 ANSWER_SECONDS = 3.0
@@ -134,10 +138,12 @@ class ClusterBackend:
     async def describe(self) -> Description:
         """What one replica said a moment ago. Raises Problem 503 while there is none."""
         age = time.monotonic() - self._since
+        # Who has none yet has to find its replicas first, and nothing better to do than to wait.
+        patience = ANSWER_SECONDS * (10 if self._description is None else 1)
         if self._description is not None and age < FRESH_SECONDS:
             return self._description
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(patience):
                 self._description = await self._replicas.describe.remote()
                 self._since = time.monotonic()
         except (TimeoutError, RayError, RayServeException):
@@ -212,7 +218,9 @@ def app(args: ServeConfig) -> serve.Application:
         max_ongoing_requests=1000,
         **_draining(args.longest_seconds),
     )
-    jobs = _unchanged(serve.deployment(Jobs), settings).options(ray_actor_options={"num_cpus": 0})
+    jobs = _unchanged(serve.deployment(Jobs), settings).options(
+        ray_actor_options={"num_cpus": 0, "runtime_env": JOBS}
+    )
     parts = [replicas.bind(settings, session.worker_threads(args.cluster))]
     parts += [jobs.bind(settings)] if args.jobs else []
     return entrance.bind(settings, *parts)

@@ -1,6 +1,7 @@
 """What servers on this machine have in common: free ports, and a program that serves until it is stopped."""
 
 import contextlib
+import random
 import signal
 import socket
 import sys
@@ -9,6 +10,9 @@ from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 HOST = "127.0.0.1"
+UNASKED_PORTS = range(20_000, 32_768)
+"""Below those that systems hand out by themselves, and above those of Ray's workers, so that a port that is
+free when it is chosen still is when its server comes up."""
 
 
 class Server(Protocol):
@@ -31,7 +35,7 @@ def free_ports(names: Iterable[str], wanted: Mapping[str, int | None] | None = N
             free = sockets.enter_context(socket.socket())
             # A port on which the last server's connections fade away can be used again.
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            _bind(free, (wanted or {}).get(name) or 0)
+            _bind(free, (wanted or {}).get(name))
             ports[name] = free.getsockname()[1]
     return ports
 
@@ -41,11 +45,13 @@ def free_port() -> int:
     return free_ports(("any",))["any"]
 
 
-def _bind(free: socket.socket, port: int) -> None:
-    try:
-        free.bind((HOST, port))
-    except OSError as error:
-        raise RuntimeError(f"port {port}: {error.strerror}; choose another with --port") from None
+def _bind(free: socket.socket, port: int | None) -> None:
+    for each in [port] if port else random.sample(UNASKED_PORTS, 100):
+        try:
+            return free.bind((HOST, each))
+        except OSError as error:
+            cause = error.strerror
+    raise RuntimeError(f"port {port or 'of any number'}: {cause}; choose another with --port") from None
 
 
 def serve(server: AbstractContextManager[ServerT], ready: Callable[[ServerT], str]) -> None:

@@ -71,9 +71,10 @@ class Lease:
             except StoreError as error:
                 log.warning("the lease could not be renewed: %s", error)
 
-    def give_back(self) -> None:
-        """Let others have it."""
+    def give_back(self, renewing: threading.Thread) -> None:
+        """Let others have it. A renewal under way ends first: it would write the key again."""
         self._over.set()
+        renewing.join()
         with suppress(StoreError):
             self.store.delete(self.key)
 
@@ -94,8 +95,7 @@ def held(store: Store, *, what: str) -> Iterator[Lease]:
     try:
         yield lease
     finally:
-        lease.give_back()
-        thread.join()
+        lease.give_back(thread)
 
 
 @contextmanager
@@ -138,7 +138,10 @@ def _take(store: Store, what: str) -> Lease:
         key = f"{PREFIX}{1 + (0 if last is None else _number(last)):09}.json"
         with suppress(KeyExists):
             store.create(key, _packed(holder))
-            break
+            # A folder that changes while it is listed may hide a lease that is higher.
+            if (now := _last(store)) is not None and now.key == key:
+                break
+            store.delete(key)
     if last is not None:
         store.delete(last.key)
     return Lease(store, key, holder)

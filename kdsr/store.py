@@ -365,6 +365,8 @@ def _open_unnamed(folder: Path) -> BinaryIO | None:
     except (OSError, AttributeError):
         return None
     if Path(f"/proc/self/fd/{file.fileno()}").exists():
+        with suppress(OSError):  # Where it replaces a file it has a name for a moment, and others sweep.
+            fcntl.flock(file, fcntl.LOCK_EX)
         return file
     file.close()
     return None

@@ -40,6 +40,9 @@ BLEED_LEVELS = 7
 PLAIN_RADIUS = 2
 """Alpha is kept exactly where it is the same all over the (2 * this + 1) pixels square around a pixel."""
 
+CONTAINER = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may have, and has."""
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -342,10 +345,12 @@ def available_bytes() -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:
-        container = Path("/sys/fs/cgroup")
-        limit = int((container / "memory.max").read_text("ascii"))
-        return min(free, limit - int((container / "memory.current").read_text("ascii")))
-    except (OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((CONTAINER / f"memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        parts = dict(line.split() for line in (CONTAINER / "memory.stat").read_text("ascii").splitlines())
+        # What it has of files counts as used, and goes when memory is asked for.
+        files = int(parts["active_file"]) + int(parts["inactive_file"])
+        return min(free, limit - used + files)
+    except (OSError, KeyError, ValueError):  # no container, or one without a limit
         return free
 
 

@@ -19,6 +19,8 @@ BUCKET = "kdsr-tests"
 FOLDERS = {"unit", "ray", "s3", "e2e"}
 SHARES = {"e2e": "jobs", "faults": "jobs", "ray": "clusters", "s3": "clusters"}
 
+# No proxy stands between this machine and itself.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 # Ray's workers are very polite to the other tests, and would starve beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -97,15 +99,31 @@ def ray_local(s3_server: LocalS3) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_TMPDIR", "/tmp")  # Its sockets need a short path.
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
-        ray.init(
-            address="local",
-            num_cpus=4,
-            object_store_memory=200_000_000,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        _start_ray()
         yield
         ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Ray waits 30 seconds for its own node and no longer, which a machine that does much else may take."""
+    import ray
+
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=4,
+                num_gpus=0,
+                object_store_memory=200_000_000,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+            )
+            return
+        except Exception as error:
+            if not tries_left or "timed out" not in str(error):
+                raise
+            ray.shutdown()

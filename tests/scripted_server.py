@@ -45,10 +45,12 @@ class Scripted:
             thread = threading.Thread(target=server.serve_forever, args=(0.02,))
             thread.start()
             self.address = f"http://127.0.0.1:{server.server_address[1]}"
-            yield self
-            self.over.set()
-            server.shutdown()
-            thread.join()
+            try:
+                yield self
+            finally:
+                self.over.set()
+                server.shutdown()
+                thread.join()
 
 
 def answer(status, body=b"", **headers):

@@ -44,12 +44,12 @@ def place(s3_uri: str, tmp_path: Path) -> Store:
 def run(job: str, *flags: str, expected: int = 0) -> str:
     """The last line that the job printed."""
     command = [sys.executable, f"jobs/{job}.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == expected, done.stderr[-3000:]
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
 
-@pytest.mark.timeout(900)  # Six starts of jobs, each with a Ray of its own.
+@pytest.mark.timeout(2400)  # Six starts of jobs, each with a Ray of its own.
 def test_shard_train_label_distil_evaluate_and_upscale_on_s3(place: Store, tmp_path: Path) -> None:
     uri = place.uri
     config = tmp_path / "training.yaml"

@@ -34,7 +34,7 @@ class Moody(InProcess):
 
     def __init__(self, host):
         super().__init__(host)
-        self.refusals = 0
+        self.refusals, self.wait_seconds = 0, 1
         self.is_slow = False
 
     async def upscale(self, call):
@@ -42,7 +42,7 @@ class Moody(InProcess):
             await asyncio.sleep(0.02)
         if self.refusals:
             self.refusals -= 1
-            return Refusal("busy", "too much is waiting already; try again later", 1)
+            return Refusal("busy", "too much is waiting already; try again later", self.wait_seconds)
         return await super().upscale(call)
 
 
@@ -96,7 +96,7 @@ def visit(browser, served):
         return page
 
     yield open_page
-    served[1].is_slow, served[1].refusals = False, 0
+    served[1].is_slow, served[1].refusals, served[1].wait_seconds = False, 0, 1
     for context in contexts:
         context.close()
     assert faults == []
@@ -271,7 +271,7 @@ def test_a_busy_server_is_asked_again_when_it_said(visit, served):
     _, backend = served
     page = visit()
     pick(page)
-    backend.refusals = 1
+    backend.refusals, backend.wait_seconds = 1, 8
     page.click("#start:enabled")
     assert trouble(page) == "The server is busy."
     assert re.fullmatch(r"Trying again in \d s", page.inner_text("#countdown"))

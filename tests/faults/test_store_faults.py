@@ -17,12 +17,12 @@ from kdsr.store import Store, open_store
 BUCKET = "kdsr-tests"
 
 
-def behind(proxy: UnreliableS3, *, max_attempts: int = 5, folder: str = "") -> Store:
+def behind(proxy: UnreliableS3, *, max_attempts: int = 5, folder: str = "", seconds: float = 20) -> Store:
     config = StoreConfig(
         endpoint_url=proxy.endpoint_url,
         max_attempts=max_attempts,
-        connect_timeout_seconds=0.5,
-        read_timeout_seconds=0.5,
+        connect_timeout_seconds=seconds,
+        read_timeout_seconds=seconds,
     )
     return open_store(f"s3://{BUCKET}/{folder or uuid.uuid4().hex}", config)
 
@@ -38,7 +38,7 @@ def test_every_call_gets_through_where_many_requests_fail(s3_server: LocalS3, tm
     source = tmp_path / "source"
     source.write_bytes(bytes(range(256)) * 400)
     with UnreliableS3(s3_server.endpoint_url, share=0.3, seed=0, faults=[fault], stall_seconds=1) as proxy:
-        store = behind(proxy)
+        store = behind(proxy, seconds=0.5)
         written = [store.put(f"p{n}", bytes([n]) * 50_000) for n in range(6)]
         written += [store.create("created", b"once"), store.put_file("file", source)]
         assert sorted(store.list(), key=lambda info: info.key) == sorted(written, key=lambda info: info.key)

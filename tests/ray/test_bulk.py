@@ -219,7 +219,7 @@ def test_an_image_that_kills_its_worker_is_given_up_and_the_rest_is_done(ray_loc
     deaths = ray.remote(num_cpus=0)(DeathCount).remote()
     sha256 = json.loads(open_store(model).get("card.json"))["sha256"]
     actor = deadly_actor().remote(config, sha256, 1, deaths)
-    answer = ray.get(actor.__call__.remote(manifest.tasks_to_table(tasks)), timeout=200)
+    answer = ray.get(actor.__call__.remote(manifest.tasks_to_table(tasks)), timeout=600)
     by_key = {status.key: status for status in manifest.table_to_statuses(answer)}
     assert by_key.keys() == set(names)
     assert by_key.pop("deadly.jpg").error_class == "internal"
@@ -266,6 +266,7 @@ def job(config, *flags):
     return subprocess.Popen(
         [sys.executable, "jobs/upscale.py", *given, *flags],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -285,7 +286,7 @@ def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_pa
     source, output = filled(str(tmp_path / "in"), objects), open_store(str(tmp_path / "out"))
     config = UpscaleConfig(input=source.uri, output=output.uri, model=model)
     killed = job(config, "--cluster.cpus_per_worker", "1")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not status_rows(output) and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.kill()
@@ -295,7 +296,7 @@ def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_pa
     assert not any(info.key.endswith("report.json") for info in output.list("_kdsr/"))
 
     second = job(config)
-    stdout, stderr = second.communicate(timeout=200)
+    stdout, stderr = second.communicate(timeout=600)
     assert second.returncode == 0, stderr
     last_line = stdout.strip().splitlines()[-1]
     assert last_line.startswith(f"upscaled {100 - saved} images")
@@ -308,6 +309,6 @@ def test_a_killed_driver_loses_little_and_the_same_command_goes_on(model, tmp_pa
 def test_the_job_says_what_failed_and_leaves_with_1(model, tmp_path):
     source = filled(str(tmp_path / "in"), {"a.jpg": GOOD["a.jpg"], **BAD})
     process = job(UpscaleConfig(input=source.uri, output=str(tmp_path / "out"), model=model))
-    stdout, _ = process.communicate(timeout=200)
+    stdout, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "upscaled 1 image (0.0 Mpx), skipped 0, failed 2 (see " in stdout.strip().splitlines()[-1]

@@ -10,6 +10,7 @@ from cluster import session
 from cluster.capacity import Need
 from kdsr.config import ClusterConfig
 from kdsr.errors import RequestError
+from tests.waiting import wait_for
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_a_run_waits_for_others_and_says_so(
 
     why = session.why_waiting
     monkeypatch.setattr(session, "why_waiting", tell)
+    wait_for(lambda: session._free_nodes()[0].cpus == 1)  # A node tells the cluster what it has now and then.
     session.await_capacity(config, num_workers=2)
     assert re.fullmatch(
         r"the cluster has 1 node with 4 CPU, \d+ GiB, others use it, and free .* 1 CPU, .*", words[0]

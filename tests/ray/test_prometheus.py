@@ -21,11 +21,14 @@ WAIT_SECONDS = 60
 
 
 def numbers(run: str) -> dict[str, float]:
-    """Values of `run` by name and, where there is one, term or images."""
+    """Values of `run` by name and, where there is one, term or images; none while nobody answers."""
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return {}
     found = {}
     for line in lines:
         if line.startswith("ray_kdsr_train_") and f'run="{run}"' in line and 'rank="0"' in line:
@@ -50,9 +53,11 @@ def test_numbers_of_a_run_arrive_at_a_scrape(ray_local: None, tmp_path: Path) ->
     config = config.model_copy(update={"name": "scraped"})
     reports = told(config)
     deadline = time.monotonic() + WAIT_SECONDS
-    # Ray hands metrics over every few seconds.
-    while (found := numbers("scraped")).get("ray_kdsr_train_step") != 4:
+    before: dict[str, float] = {}
+    # Ray hands metrics over every few seconds, one after the other: a scrape may come in between.
+    while (found := numbers("scraped")).get("ray_kdsr_train_step") != 4 or found != before:
         assert time.monotonic() < deadline, found
+        before = found
         time.sleep(0.5)
     assert found["ray_kdsr_train_steps_total"] == 4 and found["ray_kdsr_train_patches_total"] == 8
     last = reports[-1].metrics

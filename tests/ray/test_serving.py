@@ -38,7 +38,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(ray_local, config):
-    yield serve.start(config)
+    place = serve.start(config)
+    wait_for(lambda: send(place, "/readyz")[0] == 200)
+    yield place
     ray_serve.shutdown()
 
 

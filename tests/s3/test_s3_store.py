@@ -29,7 +29,7 @@ from kdsr.errors import (
 )
 from kdsr.store import Store, open_object, open_store
 
-QUICK = StoreConfig(max_attempts=2, connect_timeout_seconds=2, read_timeout_seconds=2)
+QUICK = StoreConfig(max_attempts=2, connect_timeout_seconds=20, read_timeout_seconds=20)
 
 
 # A server that orders folder by folder is right with these keys, too: none begins like the name of a folder.
@@ -244,9 +244,12 @@ def test_every_key_is_listed_once_whatever_order_the_server_prefers(bucket: Stor
 
 @contextmanager
 def failing_server(
-    answer: Callable[[BaseHTTPRequestHandler, int], None],
+    answer: Callable[[BaseHTTPRequestHandler, int], None], **fields: float
 ) -> Iterator[tuple[Store, list[str]]]:
-    """A store whose server calls `answer(request, how many came before)`, and the requests so far."""
+    """A store whose server calls `answer(request, how many came before)`, and the requests so far.
+
+    `fields` of its StoreConfig.
+    """
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -267,7 +270,7 @@ def failing_server(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        yield open_store("s3://bucket", QUICK.model_copy(update={"endpoint_url": endpoint})), seen
+        yield open_store("s3://bucket", QUICK.model_copy(update={"endpoint_url": endpoint, **fields})), seen
     finally:
         server.shutdown()
         server.server_close()
@@ -369,7 +372,7 @@ def test_a_server_that_listens_and_says_nothing_is_told(s3_server: LocalS3):
         release.wait(60)
         request.close_connection = True
 
-    with failing_server(answer) as (store, seen):
+    with failing_server(answer, read_timeout_seconds=2) as (store, seen):
         with pytest.raises(StoreUnreachable, match="ReadTimeoutError"):
             store.stat("key")
         assert len(seen) == 2

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.serve import CONTROLLER
+from cluster.serve import CONTROLLER, JOBS, KEEPS, REPLICA
 from kdsr.cli import parse
 from kdsr.config import DistillConfig, ServeConfig
 from kdsr.serving.host import check_table
@@ -277,3 +277,10 @@ def test_the_dashboard_asks_for_numbers_that_are_told_and_the_page_names_them_al
     page = set(re.findall(r"ray_kdsr_train_\w+", (ROOT / "docs/running.md").read_text()))
     json.loads((ROOT / "infra/grafana/training.json").read_text())
     assert asked <= names and page == names and len(names) > 10
+
+
+@pytest.mark.parametrize("own", [REPLICA, JOBS])
+def test_what_runs_networks_keeps_memory_though_it_inherits_from_what_gives_it_back(own):
+    inherited = CONTROLLER["env_vars"] | own["env_vars"]
+    assert {name: inherited[name] for name in KEEPS} == KEEPS
+    assert CONTROLLER["env_vars"].keys() & KEEPS.keys()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 
 import pytest
 
@@ -60,6 +61,34 @@ def test_a_process_of_this_machine_that_is_dead_is_not_waited_for(store):
         assert keys(store) == ["lease-000000002.json"]
 
 
+def test_what_is_given_back_is_not_renewed_once_more(store, quick, monkeypatch):
+    begun, over = threading.Event(), threading.Event()
+
+    def slow_put(key, data):
+        begun.set()
+        over.wait(60)
+        return put(key, data)
+
+    put = store.put
+    with held(store, what="run a"):
+        monkeypatch.setattr(store, "put", slow_put)
+        assert begun.wait(60)
+        threading.Timer(0.2, over.set).start()
+    assert keys(store) == []
+
+
+def test_one_that_a_listing_missed_is_found_before_the_work_begins(store, monkeypatch):
+    with held(store, what="run a"):
+        store.create("lease-000000003.json", store.get("lease-000000001.json"))
+        store.delete("lease-000000001.json")
+        listings = [iter(())]
+        real = store.list
+        monkeypatch.setattr(store, "list", lambda prefix="": listings.pop() if listings else real(prefix))
+        with pytest.raises(RequestError, match="run a is worked on by"), held(store, what="run a"):
+            pass
+        assert keys(store) == ["lease-000000003.json"]
+
+
 def test_one_of_another_machine_is_given_up_when_it_shows_no_life(store, quick, caplog):
     leave_behind(store, FAR)
     with held(store, what="run a"):
@@ -70,11 +99,22 @@ def test_one_of_another_machine_is_given_up_when_it_shows_no_life(store, quick, 
 def test_one_of_another_machine_that_lives_is_left_alone(store, quick, monkeypatch):
     monkeypatch.setattr(lease, "DEAD_SECONDS", 60.0)
     leave_behind(store, FAR)
-    timer = threading.Timer(0.2, leave_behind, (store, FAR.model_copy(update={"renewed": 1})))
-    timer.start()
-    with pytest.raises(RequestError, match="worked on by process 7 on elsewhere"), held(store, what="run a"):
-        pass
-    timer.join()
+    over = threading.Event()
+
+    def live() -> None:
+        for renewed in count(1):
+            if over.wait(0.1):
+                return
+            leave_behind(store, FAR.model_copy(update={"renewed": renewed}))
+
+    other = threading.Thread(target=live)
+    other.start()
+    try:
+        with pytest.raises(RequestError, match="worked on by process 7 on else"), held(store, what="run a"):
+            pass
+    finally:
+        over.set()
+        other.join()
     assert keys(store) == ["lease-000000004.json"]
 
 

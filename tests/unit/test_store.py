@@ -13,6 +13,7 @@ from contracts import StoreContract, keys, put_many
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdsr import store as store_module
 from kdsr.config import StoreConfig
 from kdsr.errors import KeyNotFound, RequestError, StoreError
 from kdsr.store import Store, open_object, open_store
@@ -208,6 +209,22 @@ def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(
         writer.communicate()
     assert python(WRITE_ONE, root).wait() == 0
     assert [path.name for path in root.iterdir()] == ["other"]
+
+
+def test_nobody_sweeps_what_is_about_to_replace_an_object(files: Store, root: Path, monkeypatch):
+    files.put("key", b"old")
+    link, seen = store_module._link, []
+
+    def linked_beside_another(source: Path, path: Path) -> None:
+        link(source, path)
+        if path.suffix == ".tmp":
+            assert python(WRITE_ONE, root).wait() == 0
+            seen.append(path.exists())
+
+    monkeypatch.setattr(store_module, "_link", linked_beside_another)
+    files.put("key", b"new")
+    assert files.get("key") == b"new"
+    assert seen in ([], [True])  # none where files have a name from the start
 
 
 def test_what_another_machine_left_goes_when_it_is_old(root: Path):

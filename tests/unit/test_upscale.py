@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdsr import upscale
 from kdsr.engine import Engine
 from kdsr.errors import Abandoned, DataError, ImageUnsupported, RequestError
 from kdsr.image import Image
@@ -404,6 +405,17 @@ def test_where_memory_is_not_known_nothing_is_made_smaller(engine):
 def test_the_memory_of_this_machine_is_plausible():
     found = available_bytes()
     assert found is None or 2**20 < found < 2**50
+
+
+@pytest.mark.skipif(available_bytes() is None, reason="Linux alone tells how much memory is free")
+def test_what_a_container_keeps_of_files_is_no_memory_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(upscale, "CONTAINER", tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("990\n")
+    (tmp_path / "memory.stat").write_text("anon 290\ninactive_file 400\nactive_file 300\n")
+    assert available_bytes() == 710
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() > 2**20
 
 
 def test_no_room_for_the_smallest_tile_is_an_error():

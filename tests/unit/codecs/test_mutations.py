@@ -19,7 +19,7 @@ def mutate(tmp_path, *options):
 
 
 def test_broken_files_of_all_formats_end_as_pictures_or_typed_failures(tmp_path):
-    done, result = mutate(tmp_path, "--count", "170")
+    done, result = mutate(tmp_path, "--count", "170", "--seconds", "120")
     assert result["findings"] == []
     assert done.returncode == 0, done.stderr
     assert result["files"] == 170

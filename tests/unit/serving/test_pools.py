@@ -74,7 +74,7 @@ def test_hosts_that_hang_stop_no_request_that_brings_its_image(serve, monkeypatc
 
 
 def test_what_cannot_be_broken_off_ends_for_its_caller_and_takes_up_its_place(serve, monkeypatch, hang):
-    server = serve(fetch_urls=True, limits={"body_seconds": 0.2})
+    server = serve(fetch_urls=True, limits={"body_seconds": 2})
     monkeypatch.setattr(Fetcher, "get", hang)
 
     async def run():
