@@ -64,14 +64,14 @@ def test_a_process_of_this_machine_that_is_dead_is_not_waited_for(store):
 def test_what_is_given_back_is_not_renewed_once_more(store, quick, monkeypatch):
     begun, over = threading.Event(), threading.Event()
 
-    def slow_put(key, data):
+    def slow_put(self, key, data):
         begun.set()
         over.wait(60)
-        return put(key, data)
+        return put(self, key, data)
 
-    put = store.put
+    put = type(store).put
     with held(store, what="run a"):
-        monkeypatch.setattr(store, "put", slow_put)
+        monkeypatch.setattr(type(store), "put", slow_put)
         assert begun.wait(60)
         threading.Timer(0.2, over.set).start()
     assert keys(store) == []
@@ -81,9 +81,10 @@ def test_one_that_a_listing_missed_is_found_before_the_work_begins(store, monkey
     with held(store, what="run a"):
         store.create("lease-000000003.json", store.get("lease-000000001.json"))
         store.delete("lease-000000001.json")
-        listings = [iter(())]
-        real = store.list
-        monkeypatch.setattr(store, "list", lambda prefix="": listings.pop() if listings else real(prefix))
+        missing, real = [True], type(store).list
+        monkeypatch.setattr(
+            type(store), "list", lambda self, prefix: () if missing and missing.pop() else real(self, prefix)
+        )
         with pytest.raises(RequestError, match="run a is worked on by"), held(store, what="run a"):
             pass
         assert keys(store) == ["lease-000000003.json"]
