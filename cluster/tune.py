@@ -60,7 +60,7 @@ def _run(config: TuneConfig, trials: Sequence[Trial]) -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     with progress_bar(len(trials), unit="trial") as bar:
         _tuner(config, trials, _Judge(config, trials, bar)).fit()
-    # Of a process that was killed: none writes any more.
+    # What a process wrote that did not end in time and was killed.
     discard_left_over(config)
 
 

@@ -74,9 +74,11 @@ class Lease:
     def give_back(self, renewing: threading.Thread) -> None:
         """Let others have it. A renewal under way ends first: it would write the key again."""
         self._over.set()
-        renewing.join()
-        with suppress(StoreError):
-            self.store.delete(self.key)
+        try:
+            renewing.join()
+        finally:
+            with suppress(StoreError):
+                self.store.delete(self.key)
 
     def _is_lost(self) -> bool:
         last = _last(self.store)
