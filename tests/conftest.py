@@ -12,6 +12,12 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+# Tests share the cores: threads that spin while they wait for each other would take them all. For the
+# processes that tests start, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+
 from infra.local_s3.serve import LocalS3, local_s3  # noqa: E402
 from kdsr.store import Store, open_store  # noqa: E402
 
@@ -45,21 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """What a test draws without a seed of its own does not depend on the tests before it."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+def repeatable() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it.
 
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Results of several threads may differ in the last bit."""
-    import torch
-
-    before = torch.get_num_threads()
+    Nor does what it computes: results of several threads may differ in the last bit.
+    """
+    torch.manual_seed(0)
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

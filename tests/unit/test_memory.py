@@ -37,10 +37,7 @@ from tests.processes import over_processes
 from tests.small_networks import SMALL
 from tests.small_shards import row, write_set
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.timeout(900),  # Two processes that wait for each other a thousand times.
-]
+pytestmark = pytest.mark.timeout(900)  # Two processes that wait for each other a thousand times.
 
 PARTS = MemoryConfig(shard_teacher=True)
 TEACHER = EdsrSpec(scale=2, num_features=6, num_blocks=2)

@@ -217,7 +217,6 @@ def windowed(monkeypatch):
     monkeypatch.setattr(windows, "TIFF_TILE", 64)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("format_", ["tiff", "png"])
 @pytest.mark.parametrize("scale", [None, 1.3])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])

@@ -17,8 +17,6 @@ from kdsr.training import Worker, last_save, run_store, saved_step, train
 from tests.dying import Dying
 from tests.whole_runs import config_of, history, make_places, outcome
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):

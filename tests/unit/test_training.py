@@ -68,9 +68,6 @@ TEACHER = EdsrSpec(scale=2, num_features=4, num_blocks=1)
 HELDOUT = {1, 4}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def photo(number):
     return photograph(number, height=52, width=56)
 

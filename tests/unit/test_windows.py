@@ -15,8 +15,6 @@ from kdsr.spec import RepChainSpec
 from kdsr.upscale import Upscaler
 from kdsr.windows import ArrayRows, TiffRows, can_read, upscaled_rows, write_png, write_tiff
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LAYOUTS = [
     {"tile": (64, 48)},
     {"rowsperstrip": 7},

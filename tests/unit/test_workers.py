@@ -35,9 +35,6 @@ DISCRIMINATOR = PatchDiscriminatorSpec(num_features=4, num_levels=1, spectral_no
 AGAINST = AdversarialTerm(weight=0.01, discriminator=DISCRIMINATOR, r1=1.0)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Uris of six photographs, and of a teacher."""

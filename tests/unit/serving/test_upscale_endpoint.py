@@ -63,14 +63,12 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.usefixtures("one_thread")
 def test_an_answer_is_byte_for_byte_that_of_a_bulk_run(server, tiny_models, tmp_path, name):
     answer = server.upscale(FILES[name], query="?scale=4")
     assert answer.status_code == 200, answer.text
     assert answer.content == bulk_bytes(tmp_path, FILES[name], name, tiny_models[4])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_other_scales_formats_and_qualities_are_those_of_a_bulk_run_too(server, tiny_models, tmp_path):
     answer = server.upscale(FILES["plain.png"], query="?scale=2.5&format=webp&quality=40")
     options = {"scale": 2.5, "format": "webp", "encode": {"quality": 40}}
