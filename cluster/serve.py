@@ -39,6 +39,8 @@ from kdsr.serving.keys import read_keys
 from kdsr.serving.problems import Problem
 
 APP_NAME = "kdsr"
+MOST_REQUESTS = 1000
+"""That a process which reads them has in hand at once, and as many may wait for it; what is more gets 503."""
 _THIS_PROCESS = uuid.uuid4().hex
 ENTRANCE_CPUS = 0.1
 """It mostly waits; what it hashes and reads from headers is little."""
@@ -57,7 +59,9 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 as they come, and keep the holes that they leave among smaller things."""
 KEEPS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 """Where networks run: what is freed stays for the next layer, see `kdsr.engine.keep_freed_memory`."""
-CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS, **GIVES_BACK}}
+RESCUES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "kdsr.serving.rescue:middlewares"}
+"""Around each proxy."""
+CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS, **GIVES_BACK, **RESCUES}}
 """Proxies inherit it, and so does everything else but for what it has of its own."""
 ENTRANCE = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **GIVES_BACK}}
 REPLICA = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **KEEPS, "OMP_WAIT_POLICY": "passive"}}
@@ -199,6 +203,20 @@ class Jobs:
         return "running"
 
 
+class ReadingReplica(Replica):
+    """A replica that reads requests too: in front of one alone nothing needs to stand."""
+
+    def __init__(self, settings: dict[str, Any], num_threads: int, *_jobs: DeploymentHandle) -> None:
+        """`_jobs` as for `Entrance`."""
+        super().__init__(settings, num_threads)
+        self._config = ServeConfig.model_validate(settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from kdsr.serving.host import HostBackend
+
+        return build_app(self._config, HostBackend(self._host), read_keys(self._config), tells_id=False)
+
+
 # ---------------------------------------------------------------- the application
 
 
@@ -208,22 +226,28 @@ def app(args: ServeConfig) -> serve.Application:
     # Models come by user_config: another table of them is no reason to start a replica anew.
     settings = args.model_dump(mode="json", exclude={"models"})
     models = args.model_dump(mode="json", include={"models"})
+    jobs = _unchanged(serve.deployment(Jobs), settings).options(
+        ray_actor_options={"num_cpus": 0, "runtime_env": JOBS}
+    )
+    beside = [jobs.bind(settings)] if args.jobs else []
+    threads = session.worker_threads(args.cluster)
+    if args.num_entrances == 0:
+        replica = serve.deployment(serve.ingress()(ReadingReplica))
+        return (
+            _unchanged(replica, settings)
+            .options(**_replica_options(args) | _reading(args), user_config=models)
+            .bind(settings, threads, *beside)
+        )
     replicas = _unchanged(serve.deployment(Replica), settings).options(
         **_replica_options(args), user_config=models
     )
     entrance = _unchanged(serve.deployment(serve.ingress()(Entrance)), settings).options(
         name="Entrance",
-        num_replicas=args.entrances,
+        num_replicas=args.num_entrances,
         ray_actor_options={"num_cpus": ENTRANCE_CPUS, "runtime_env": ENTRANCE},
-        max_ongoing_requests=1000,
-        **_draining(args.longest_seconds),
+        **_reading(args),
     )
-    jobs = _unchanged(serve.deployment(Jobs), settings).options(
-        ray_actor_options={"num_cpus": 0, "runtime_env": JOBS}
-    )
-    parts = [replicas.bind(settings, session.worker_threads(args.cluster))]
-    parts += [jobs.bind(settings)] if args.jobs else []
-    return entrance.bind(settings, *parts)
+    return entrance.bind(settings, replicas.bind(settings, threads), *beside)
 
 
 def _unchanged(deployment: serve.Deployment, settings: dict[str, Any]) -> serve.Deployment:
@@ -241,6 +265,15 @@ def _draining(longest_seconds: float) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": longest_seconds + 10,
         "health_check_timeout_s": 30,
         "logging_config": LoggingConfig(enable_access_log=False),
+    }
+
+
+def _reading(config: ServeConfig) -> dict[str, Any]:
+    """Of whatever reads requests."""
+    return {
+        "max_ongoing_requests": MOST_REQUESTS,
+        "max_queued_requests": MOST_REQUESTS,
+        **_draining(config.longest_seconds),
     }
 
 

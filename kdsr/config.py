@@ -1060,8 +1060,9 @@ class ServeConfig(Frozen):
     """Tiles of one shape that go through a network together; more than one pays on GPUs."""
     target_waiting_tiles: float = Field(default=16.0, gt=0)
     """Tiles that wait at each replica before another one is started, up to `cluster.num_workers`."""
-    entrances: int = Field(default=1, ge=1)
-    """Processes that read requests. A key's quota is divided among them."""
+    entrances: Annotated[int, Field(ge=0)] | None = None
+    """Processes that read requests in front of the replicas; a key's quota is divided among them. When not
+    set, one in front of several replicas, and none of one replica, which then reads them itself."""
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
     """`num_workers` are replicas; `[1, 4]` starts more as tiles wait."""
@@ -1071,6 +1072,22 @@ class ServeConfig(Frozen):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; give both or none")
         return self
+
+    @model_validator(mode="after")
+    def _somebody_reads(self) -> Self:
+        if self.entrances == 0 and self.cluster.most_workers > 1:
+            raise ValueError(
+                f"entrances: 0 is for one replica, which reads its requests itself; cluster.num_workers says up "
+                f"to {self.cluster.most_workers}: set entrances to 1 or more"
+            )
+        return self
+
+    @property
+    def num_entrances(self) -> int:
+        """Of them in front of the replicas."""
+        if self.entrances is None:
+            return 0 if self.cluster.most_workers == 1 else 1
+        return self.entrances
 
     @property
     def longest_body_seconds(self) -> float:

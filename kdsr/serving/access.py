@@ -5,8 +5,9 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Iterator, Mapping
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -52,7 +53,7 @@ class _Passage:
     def __init__(self, scope: Scope, send: Send, telemetry: Telemetry, tells_id: bool) -> None:
         self._scope, self._send, self._telemetry, self._tells_id = scope, send, telemetry, tells_id
         self._began, self._status, self._num_bytes = time.perf_counter(), 0, 0
-        self._id, self._method = _id_of(scope), scope["method"]
+        self._id, self._method = id_of(scope), scope["method"]
         scope.setdefault("state", {})["request_id"] = self._id
         if self._method == "HEAD":
             # Whatever answers GET answers HEAD, which has the same headers and no body (RFC 9110, 9.3.2).
@@ -86,10 +87,8 @@ class _Passage:
 
     async def _fail(self) -> None:
         problem = Problem("internal", "an error on our side; it is in the log under this request's id")
-        body = json.dumps(problem.body(request_id=self._id)).encode()
-        headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
-        await self._sent({"type": "http.response.start", "status": problem.status, "headers": headers})
-        await self._sent({"type": "http.response.body", "body": body})
+        for message in problem_messages(problem, self._id):
+            await self._sent(message)
 
     def _note(self) -> None:
         seconds = time.perf_counter() - self._began
@@ -111,7 +110,18 @@ class _Passage:
         access_log.info("%s", json.dumps(line))
 
 
-def _id_of(scope: Scope) -> str:
+def problem_messages(
+    problem: Problem, request_id: str, headers: Mapping[str, str] | None = None
+) -> Iterator[Message]:
+    """An answer that says what is wrong, where no framework makes one."""
+    body = json.dumps(problem.body(request_id=request_id)).encode()
+    described = {"content-type": MEDIA_TYPE, "content-length": str(len(body))}
+    raw = Headers(described | problem.all_headers() | dict(headers or {})).raw
+    yield {"type": "http.response.start", "status": problem.status, "headers": raw}
+    yield {"type": "http.response.body", "body": body}
+
+
+def id_of(scope: Scope) -> str:
     """The caller's own id when it is harmless, else a new one."""
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
     return given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex

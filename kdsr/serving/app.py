@@ -54,7 +54,7 @@ def build_app(
         config,
         backend,
         Keys(keys),
-        Quotas(share=1 / config.entrances),
+        Quotas(share=1 / max(1, config.num_entrances)),
         Replays(max_bytes=limits.replay_bytes, seconds=limits.replay_seconds),
     )
     app = FastAPI(

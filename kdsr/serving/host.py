@@ -219,6 +219,21 @@ class ModelHost:
         self._compute.shutdown(wait=False, cancel_futures=True)
 
 
+class HostBackend:
+    """What an application in the same process asks of a host: see `kdsr.serving.entrance.Backend`."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self._host = host
+
+    async def describe(self) -> Description:
+        """What is served now."""
+        return self._host.describe()
+
+    async def upscale(self, call: Call) -> Result | Refusal:
+        """See `ModelHost.answer`."""
+        return await self._host.answer(call)
+
+
 def _refusal(error: Exception, call: Call) -> Refusal:
     if not is_expected(error):
         logger.exception("request %s failed", call.request_id)
