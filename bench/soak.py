@@ -12,9 +12,11 @@
               document does not allow.
 `mixed`       for `--minutes`: images of 64 pixels a side to 4 megapixels and broken ones at the same time.
               `slope_mb_per_hour` is that of a line through the resident memory of the server's processes,
-              its first fifth left out; what many processes share is counted in each. More than 500 of
-              all processes together, over at least 10 minutes, is a leak and a finding; what is less or
-              shorter is told only, since caches fill and arenas grow in the first minutes.
+              minute by minute, its first fifth left out, and `slope_error` its standard error, which
+              is large where what is under way differs much from minute to minute; what many processes
+              share is counted in each. More than 500 of all processes together, over at least 10 minutes
+              and clearly (by two errors), is a leak and a finding; what is less or shorter is told only,
+              since caches fill and arenas grow in the first minutes.
 
 All parts talk to one server with photo-tiny-x4, the fastest that comes along, so that most of what happens is
 the server's own. Exits 1 if anything happened that may not.
@@ -29,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -47,7 +49,7 @@ from bench.bulk import Pictures, photo_folders  # noqa: E402
 from bench.measured import rounded, say, write  # noqa: E402
 from bench.serve import Files  # noqa: E402
 from bench.serving.load import Running, find_k6, kdsr_server, send  # noqa: E402
-from kdsr import provenance  # noqa: E402
+from kdsr import plots, provenance  # noqa: E402
 
 MODEL, SIDE, CROWD = "photo-tiny-x4", 256, 16
 ALL_SIDES = (64, 128, 256, 512, 1024, 2048)
@@ -61,14 +63,38 @@ RECOVERED = 0.9
 """Share of the speed before."""
 TIMES_TOO_MUCH = 10
 LEAK_MB_PER_HOUR, LEAK_SECONDS = 500.0, 600.0
-"""What is clearly a leak: a steeper slope than the first over at least the second."""
+"""What is a leak: a steeper slope than the first over at least the second."""
+LOOK_SECONDS, LEAST_MINUTES = 2.0, 3
+"""Between two looks; and how many minutes it takes to tell a slope."""
 
 TITLE = "Serving: too much, broken files, a long time"
 REMARKS = [
     "One server. `answered` with an image, `refused` with 429, or 4xx for a broken file; of `failed` "
     "there must be none. `recovered_seconds` after ten times the load that it can take; `slope_mb_per_hour` "
-    "of resident memory under mixed traffic. What each row is, exactly: bench/soak.py."
+    "of resident memory under mixed traffic, with its standard error. What each row is: bench/soak.py."
 ]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of a line through the minutes."""
+
+    mb_per_hour: float
+    error: float
+    """Of it, one standard deviation."""
+
+    def row(self) -> dict[str, float]:
+        """For a table."""
+        return {"slope_mb_per_hour": self.mb_per_hour, "slope_error": self.error}
+
+
+def _slope(minutes: Sequence[Mapping[str, float]], part: str) -> Slope:
+    hours = np.array([row["minute"] for row in minutes]) / 60
+    values = np.array([row[part] for row in minutes])
+    line = np.polyfit(hours, values, 1)
+    left = values - np.polyval(line, hours)
+    spread = float(np.sum((hours - hours.mean()) ** 2))
+    return Slope(float(line[0]), float(np.sqrt(np.sum(left**2) / (len(hours) - 2) / spread)))
 
 
 @dataclass
@@ -91,31 +117,38 @@ class Memory:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._ended.wait(2.0):
+        while not self._ended.wait(LOOK_SECONDS):
             self.seen.append((time.monotonic(), self.server.resident_mb()))
 
-    def slopes(self) -> dict[str, float]:
-        """Megabytes in an hour of each kind of process, and of all."""
-        seen = self._steady()
-        if len(seen) < 5:
+    def slopes(self) -> dict[str, Slope]:
+        """Of each kind of process, and of all."""
+        minutes = self.minutes()
+        # The first fifth is not steady yet.
+        steady = minutes[-(-len(minutes) // 5) :]
+        if len(steady) < LEAST_MINUTES:
             return {}
-        hours = np.array([at - seen[0][0] for at, _ in seen]) / 3600
-        parts = {part: np.array([row.get(part, 0.0) for _, row in seen]) for part in seen[-1][1]}
-        parts["all"] = np.sum(list(parts.values()), axis=0)
-        return {part: float(np.polyfit(hours, values, 1)[0]) for part, values in parts.items()}
+        return {part: _slope(steady, part) for part in steady[-1] if part != "minute"}
+
+    def minutes(self) -> list[dict[str, float]]:
+        """Megabytes of each kind of process and of all, on the average of each whole minute."""
+        found = []
+        for number in range(int((self.seen[-1][0] - self.seen[0][0] + 2 * LOOK_SECONDS) // 60)):
+            began = self.seen[0][0] + 60 * number
+            rows = [row for at, row in self.seen if began <= at < began + 60]
+            means = {part: float(np.mean([row.get(part, 0.0) for row in rows])) for part in self.seen[-1][1]}
+            found.append({"minute": number + 0.5, **means, "all": sum(means.values())})
+        return found
 
     def leak(self) -> str | None:
         """A sentence if it is clear that there is one."""
-        seen, slopes = self._steady(), self.slopes()
-        if not slopes or seen[-1][0] - seen[0][0] < LEAK_SECONDS or slopes["all"] <= LEAK_MB_PER_HOUR:
+        slopes = self.slopes()
+        if not slopes or self.seen[-1][0] - self.seen[0][0] < LEAK_SECONDS:
             return None
-        return (
-            f"memory grows by {slopes['all']:.0f} MB/h, more than {LEAK_MB_PER_HOUR:.0f}: {rounded(slopes)}"
-        )
-
-    def _steady(self) -> list[tuple[float, dict[str, float]]]:
-        """Without the first fifth."""
-        return self.seen[len(self.seen) // 5 :]
+        slope = slopes["all"]
+        if slope.mb_per_hour <= max(LEAK_MB_PER_HOUR, 2 * slope.error):
+            return None
+        each = ", ".join(f"{part} {of.mb_per_hour:.0f}" for part, of in slopes.items())
+        return f"memory grows by {slope.mb_per_hour:.0f} MB/h, more than {LEAK_MB_PER_HOUR:.0f}: {each}"
 
     def row(self) -> dict[str, Any]:
         """For a table."""
@@ -125,8 +158,17 @@ class Memory:
             "first_mb": totals[0],
             "last_mb": totals[-1],
             "peak_mb": max(totals),
-            "slope_mb_per_hour": slope,
+            **({} if slope is None else slope.row()),
         }
+
+    def figure(self) -> bytes:
+        """A PNG of megabytes over minutes, of each kind of process."""
+        minutes = np.array([at - self.seen[0][0] for at, _ in self.seen]) / 60
+        lines = [
+            plots.Line(part, minutes, np.array([[row.get(part, 0.0) for _, row in self.seen]]))
+            for part in sorted(self.seen[-1][1])
+        ]
+        return plots.levels(lines, time="minutes of mixed traffic", quantity="resident megabytes")
 
 
 class Soak:
@@ -251,11 +293,15 @@ class Soak:
         bad = {status: number for status, number in statuses.items() if not 200 <= status < 500}
         self.findings += [f"mixed: broken files: {bad}"] if bad else []
         self.findings += [f"mixed: {leak}"] if (leak := memory.leak()) else []
-        self.found |= {"soak_minutes": self._arguments.minutes, "slopes_mb_per_hour": memory.slopes()}
+        self.found |= {"soak_minutes": self._arguments.minutes}
+        self.found["memory_mb"] = [rounded(row) for row in memory.minutes()]
         self._row("broken", requests=statuses.total(), failed=sum(bad.values()))
         self._row("memory", minutes=self._arguments.minutes, **memory.row())
-        for part in ("replica", "entrance", "proxy"):
-            self._row(f"memory of the {part}", slope_mb_per_hour=memory.slopes().get(part))
+        for part, slope in memory.slopes().items():
+            if part in ("replica", "entrance", "proxy"):
+                self._row(f"memory of the {part}", **slope.row())
+        if self._arguments.figure:
+            self._arguments.figure.write_bytes(memory.figure())
 
     def _broken(self, ended: threading.Event) -> Counter[int]:
         """How often each status came back to one broken file after the other."""
@@ -284,6 +330,7 @@ def main() -> int:
     parser.add_argument("--overload-seconds", type=float, default=10.0, help="of ten times too much")
     parser.add_argument("--examples", type=int, default=50, help="of schemathesis for each operation")
     parser.add_argument("--schemathesis", type=Path, help="the program; left out when not given")
+    parser.add_argument("--figure", type=Path, help="draw the memory under mixed traffic into this PNG")
     parser.add_argument("--k6", type=Path, help="the program; looked for when not given")
     arguments = parser.parse_args()
     config = {"models": {"tiny": [MODEL]}}

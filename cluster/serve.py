@@ -138,23 +138,33 @@ class ClusterBackend:
         self._replicas = replicas
         self._description: Description | None = None
         self._since = -math.inf
+        self._asking: asyncio.Task[None] | None = None
 
     async def describe(self) -> Description:
         """What one replica said a moment ago. Raises Problem 503 while there is none."""
         age = time.monotonic() - self._since
-        # Who has none yet has to find its replicas first, and nothing better to do than to wait.
-        patience = ANSWER_SECONDS * (10 if self._description is None else 1)
         if self._description is not None and age < FRESH_SECONDS:
             return self._description
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
         try:
-            async with asyncio.timeout(patience):
-                self._description = await self._replicas.describe.remote()
-                self._since = time.monotonic()
+            # Whoever leaves takes nothing from the others who wait for the same answer.
+            await asyncio.shield(self._asking)
         except (TimeoutError, RayError, RayServeException):
             if self._description is None or age > STALE_SECONDS:
                 raise Problem("loading", "no replica answers yet; try again soon", retry_after=2) from None
         assert self._description is not None
         return self._description
+
+    async def _ask(self) -> None:
+        # Who has none yet has to find its replicas first, and nothing better to do than to wait.
+        patience = ANSWER_SECONDS * (10 if self._description is None else 1)
+        try:
+            async with asyncio.timeout(patience):
+                self._description = await self._replicas.describe.remote()
+                self._since = time.monotonic()
+        finally:
+            self._asking = None
 
     async def upscale(self, call: Call) -> Result | Refusal:
         """See `kdsr.serving.app.Backend`."""

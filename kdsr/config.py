@@ -1077,8 +1077,8 @@ class ServeConfig(Frozen):
     def _somebody_reads(self) -> Self:
         if self.entrances == 0 and self.cluster.most_workers > 1:
             raise ValueError(
-                f"entrances: 0 is for one replica, which reads its requests itself; cluster.num_workers says up "
-                f"to {self.cluster.most_workers}: set entrances to 1 or more"
+                "entrances: 0 is for one replica, which reads its requests itself, and cluster.num_workers "
+                f"is up to {self.cluster.most_workers}; set entrances to 1 or more"
             )
         return self
 

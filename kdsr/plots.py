@@ -110,6 +110,19 @@ def latencies(lines: Sequence[Line], *, load: str, quantity: str, saturation: fl
     return _png(figure)
 
 
+def levels(lines: Sequence[Line], *, time: str, quantity: str) -> bytes:
+    """What is there over time, from zero upwards; `steps` of `lines` are times."""
+    figure, (place,) = _panels(1)
+    colour_of = _colours([line.label for line in lines])
+    for line in lines:
+        _draw(place, line, **colour_of(line.label))
+    place.set_ylim(bottom=0)
+    place.set_xlabel(time)
+    place.set_ylabel(quantity)
+    _legend(figure, [place])
+    return _png(figure)
+
+
 def _panels(count: int, *, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
     # Agg needs no display. Nothing global is touched: pyplot would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Around Serve's proxies: what they leave without an answer, or answer in words of their own, is a problem too."""
+"""Around Serve's proxies: what they leave unanswered, or answer in their own words, is a problem too."""
 
 import logging
 

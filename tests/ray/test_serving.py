@@ -1,5 +1,6 @@
 """Models behind a real port: the bytes of a bulk run, new models without a restart, a replica that dies."""
 
+import json
 import os
 import signal
 import threading
@@ -20,8 +21,8 @@ from tests.small_server import encoded, save_tiny
 wait_for = partial(waiting.wait_for, seconds=200, pause=0.1)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
+@pytest.fixture(scope="module", params=[0, 1], ids=["a replica alone", "an entrance in front"])
+def config(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("served")
     uris = [save_tiny(folder / f"x{scale}", scale=scale)[0] for scale in (2, 4)]
     return ServeConfig.model_validate(
@@ -32,6 +33,7 @@ def config(tmp_path_factory):
             "port": free_port(),
             "cluster": {"cpus_per_worker": 1},
             "limits": {"timeout_seconds": 120},
+            "entrances": request.param,
         }
     )
 
@@ -76,6 +78,15 @@ def test_an_answer_has_the_bytes_of_a_bulk_run(address, config, tmp_path):
     assert len(headers.get_all("X-Request-Id")) == 1
 
 
+@pytest.mark.parametrize(("given", "stays"), [("mine-1", True), ("no id!", False)])
+def test_a_request_has_one_id_and_a_harmless_one(address, given, stays):
+    status, headers, body = send(address, "/v1/nothing", **{"X-Request-Id": given})
+    (found,) = headers.get_all("X-Request-Id")
+    assert status == 404
+    assert (found == given) == stays
+    assert json.loads(body)["instance"] == f"urn:kdsr:request:{found}"
+
+
 def test_other_models_are_served_without_a_new_replica(address, config, tmp_path):
     before = replica_pid(address)
     uri, _ = save_tiny(tmp_path / "x3", scale=3)
@@ -103,9 +114,11 @@ def test_a_replica_that_dies_fails_its_own_requests_with_a_status_to_try_again(a
     stop.set()
     for thread in threads:
         thread.join(300)
+    assert len(answers) > died
     failed = [(status, headers) for status, headers, _ in answers if status != 200]
     assert {status for status, _ in failed} <= {503}
     assert all(headers["Retry-After"] for _, headers in failed)
+    assert {headers.get_content_type() for _, headers in failed} <= {"application/problem+json"}
     assert [status for status, _, _ in answers[:10]] == [200] * 10
 
 

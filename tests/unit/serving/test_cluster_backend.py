@@ -81,6 +81,23 @@ def test_a_description_is_asked_for_once_while_it_is_fresh(client, replicas, mon
     assert replicas.asked == 1
 
 
+def test_all_who_ask_at_once_wait_for_one_answer_and_whoever_leaves_takes_it_from_nobody(replicas):
+    async def ask():
+        backend = ClusterBackend(replicas)
+        replicas.then = "nothing"
+        asking = [asyncio.create_task(backend.describe()) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        asking[0].cancel()
+        await asyncio.sleep(0.01)
+        found = [task.done() for task in asking], replicas.asked
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        return found
+
+    assert asyncio.run(ask()) == ([True, False, False, False, False], 1)
+
+
 @pytest.mark.parametrize("then", LOST)
 def test_an_old_description_is_better_than_none_until_it_is_stale(client, replicas, monkeypatch, then):
     monkeypatch.setattr(cluster_serve, "FRESH_SECONDS", 0.0)

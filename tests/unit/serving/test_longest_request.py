@@ -25,7 +25,8 @@ def test_the_proxies_wait_for_the_longest_upload(config):
     assert longest(config) < serve.http_options(config).request_timeout_s < longest(config) + 60
 
 
-def test_an_entrance_that_is_to_end_waits_for_it_too(config):
-    entrance = serve.app(config)._bound_deployment
-    assert entrance.name == "Entrance"
-    assert entrance._deployment_config.graceful_shutdown_timeout_s > longest(config)
+@pytest.mark.parametrize(("entrances", "reader"), [(1, "Entrance"), (0, "Replica"), (None, "Replica")])
+def test_what_reads_requests_waits_for_it_too_before_it_ends(config, entrances, reader):
+    deployment = serve.app(config.model_copy(update={"entrances": entrances}))._bound_deployment
+    assert deployment.name == reader
+    assert deployment._deployment_config.graceful_shutdown_timeout_s > longest(config)
