@@ -64,7 +64,9 @@ RESCUES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "kdsr.serving.rescue:mid
 CONTROLLER = {"env_vars": {**WITH_THE_MESSAGE, **FEW_LOOKS, **GIVES_BACK, **RESCUES}}
 """Proxies inherit it, and so does everything else but for what it has of its own."""
 ENTRANCE = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **GIVES_BACK}}
-REPLICA = {"env_vars": {**WITH_THE_MESSAGE, **FEW_ARENAS, **KEEPS, "OMP_WAIT_POLICY": "passive"}}
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""Where threads take turns with large blocks of like sizes: what one frees the next one takes."""
+REPLICA = {"env_vars": {**WITH_THE_MESSAGE, **ONE_ARENA, **KEEPS, "OMP_WAIT_POLICY": "passive"}}
 """Threads that wait for others of a layer sleep: one that spins has a core that other tiles, or Ray, do not
 have."""
 JOBS = {"env_vars": KEEPS}

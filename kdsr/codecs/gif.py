@@ -15,7 +15,7 @@ from PIL.GifImagePlugin import GifImageFile
 
 from kdsr.codecs.canvas import Canvas, changed_box, cropped
 from kdsr.codecs.colour import to_srgb
-from kdsr.errors import ImageCorrupt
+from kdsr.errors import ImageCorrupt, ImageUnsupported
 from kdsr.image import Frame, Image
 from kdsr.tiles import Box
 
@@ -26,6 +26,8 @@ _KEEP, _CLEAR, _RESTORE = 1, 2, 3
 _LONGEST = 65535  # centiseconds in one frame
 _IDENTITY = bytes(level for level in range(256) for _ in range(3))
 _OPAQUE_FROM = 128  # alpha
+MOST_BETWEEN = 1000
+"""Blocks of no picture: each is looked at, and a file could have millions of empty ones."""
 _SAMPLE = 8192  # pixels that a palette is fitted to
 
 
@@ -69,7 +71,7 @@ class GifScanner:
 
         Many files end behind a frame without a trailer, and browsers show them.
         """
-        control, drawn = _Control(), 0
+        control, drawn, between = _Control(), 0, 0
         while True:
             if drawn and control == _Control() and self._at == len(self._data):
                 return
@@ -80,9 +82,15 @@ class GifScanner:
                 control = self._extension(control)
             elif introducer == _DESCRIPTOR:
                 yield self._frame(control)
-                control, drawn = _Control(), drawn + 1
+                control, drawn, between = _Control(), drawn + 1, 0
             elif introducer != 0:
                 raise ImageCorrupt(f"broken GIF: unknown block {introducer:#x} at byte {self._at - 1}")
+            between += 1
+            if between > MOST_BETWEEN:
+                raise ImageUnsupported(
+                    f"GIF with more than {MOST_BETWEEN} blocks between two frames is not read; "
+                    f"save it as a plain one"
+                )
 
     def _take(self, length: int) -> bytes:
         taken = self._data[self._at : self._at + length]

@@ -8,6 +8,7 @@ Sources: JPEG File Interchange Format 1.02, 1992; Exif 3.0, section 4.7; ICC.1:2
 
 import re
 import struct
+import sys
 
 import imagecodecs
 import numpy as np
@@ -17,10 +18,11 @@ from kdsr.errors import ImageUnsupported
 from kdsr.image import Image
 
 MOST_SCANS, MOST_SEGMENTS = 200, 10_000
-"""Each scan goes over all pixels anew, and takes a few bytes to ask for: a small file could ask for hours."""
+"""Each scan goes over all pixels anew, and takes a few bytes to ask for: a small file could ask for hours.
+So it could with what stands before the first one, which Pillow reads segment by segment."""
 _SCAN, _END = 0xDA, 0xD9
-_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
-"""Not a byte that is stuffed into a scan, nor what lets it begin anew."""
+_MARKER = re.compile(rb"\xff++([\x02-\xcf\xd8-\xfe])?")
+"""Its group is None for a byte that is stuffed into a scan, and for what lets it begin anew."""
 _JFIF = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
 _DENSITY = slice(13, 18)  # unit, across, down
 _HEAD_BYTES = 20
@@ -32,8 +34,13 @@ _LARGEST_CONTENT = 65_533  # of a segment, whose length of 16 bits counts itself
 _LARGEST_DENSITY = 65_535
 
 
-def require_few_scans(data: bytes) -> None:
+def require_few_parts(data: bytes) -> None:
     """Raise ImageUnsupported for a file that is made to keep its decoder busy."""
+    if _is_long_before_pixels(data):
+        raise ImageUnsupported(
+            f"JPEG with more than {MOST_SEGMENTS} segments or stray bytes before its pixels is not read; "
+            f"save it as a plain one"
+        )
     # What looks like the begin of a scan may lie in a profile or a thumbnail too, or behind the picture.
     if data.count(b"\xff\xda") > MOST_SCANS and _num_scans(data) > MOST_SCANS:
         raise ImageUnsupported(f"JPEG of more than {MOST_SCANS} scans is not read; save it as a plain one")
@@ -43,12 +50,35 @@ def _num_scans(data: bytes) -> int:
     """Scans of the picture, counted as far as it matters; too many where its segments do not end."""
     at, scans = 2, 0
     for _ in range(MOST_SEGMENTS):
-        found = _MARKER.search(data, at)
+        found = _next_marker(data, at)
         if found is None or found[1][0] == _END or scans > MOST_SCANS:
             return scans
         scans += found[1][0] == _SCAN
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        at = _behind(data, found)
     return MOST_SCANS + 1
+
+
+def _is_long_before_pixels(data: bytes) -> bool:
+    at, parts = 2, 0
+    while parts <= MOST_SEGMENTS:
+        end = at + MOST_SEGMENTS
+        found = _next_marker(data, at, end)
+        if found is None:
+            return end < len(data)
+        if found[1][0] in (_SCAN, _END):
+            return False
+        parts += 1 + found.end() - 2 - at
+        at = _behind(data, found)
+    return True
+
+
+def _next_marker(data: bytes, at: int, end: int = sys.maxsize) -> "re.Match[bytes] | None":
+    return next((found for found in _MARKER.finditer(data, at, end) if found[1]), None)
+
+
+def _behind(data: bytes, marker: "re.Match[bytes]") -> int:
+    """Where the segment ends that `marker` begins."""
+    return marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
 
 
 def encode(image: Image, options: EncodeConfig) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from isal import isal_zlib
 
+from kdsr.errors import ImageUnsupported
 from kdsr.image import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -24,6 +25,9 @@ _INCHES_PER_METRE = 39.3701
 _BROKEN: tuple[Any, ...] = (KeyError, struct.error, isal_zlib.error)
 _LARGEST_AT_ONCE = 2**26  # bytes that `decode_own` holds; larger pictures are another decoder's
 _LATE = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
+_PIXELS = (b"IDAT", b"fcTL", b"fdAT")
+MOST_CHUNKS = 10_000
+"""Beside those of pixels: Pillow reads one after the other, and a file could have millions of empty ones."""
 
 
 class PngWriter:
@@ -160,8 +164,11 @@ def metadata_chunks(image: Image) -> bytes:
 
 
 def with_metadata_first(data: bytes) -> bytes:
-    """The PNG with EXIF and texts that stand behind its pixels put before them, if there are any."""
-    late, pixels, at = [], 0, len(SIGNATURE)
+    """The PNG with EXIF and texts that stand behind its pixels put before them, if there are any.
+
+    Raises ImageUnsupported for a file that is made to keep its reader busy.
+    """
+    late, pixels, at, others = [], 0, len(SIGNATURE), 0
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
@@ -169,6 +176,12 @@ def with_metadata_first(data: bytes) -> bytes:
             pixels = at
         elif pixels and name in _LATE:
             late.append(data[at:end])
+        others += name not in _PIXELS
+        if others > MOST_CHUNKS:
+            raise ImageUnsupported(
+                f"PNG with more than {MOST_CHUNKS} chunks beside its pixels is not read; "
+                f"save it as a plain one"
+            )
         at = end
     return data[:pixels] + b"".join(late) + data[pixels:] if late else data
 

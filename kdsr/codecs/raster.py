@@ -99,7 +99,7 @@ def probe(data: bytes, kind: str) -> ImageHeader:
         if kind == "gif":
             return ImageHeader(kind, *canvas_size(data))
         if kind == "jpeg":
-            jpeg.require_few_scans(data)
+            jpeg.require_few_parts(data)
         picture = _open(png.with_metadata_first(data) if kind == "png" else data, kind)
         width, height = picture.size
         bits = _bits(data, picture, kind)
