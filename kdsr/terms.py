@@ -281,13 +281,13 @@ class GradientBalance(Frozen):
 
     kind: Literal["gradient"] = "gradient"
     share: float = Field(default=0.3, gt=0)
-    """Norm of a term's gradient with weight 1, as a part of the norm of the pixel terms' together."""
+    """Norm of a term's gradient with weight 1, at most, as a part of that of the pixel terms together."""
     gate: bool = True
     """Whether a term whose gradient points against that of the pixel terms counts 0 until the next look."""
     every_steps: int = Field(default=20, ge=1)
     """How often gradients are looked at, term by term; each look costs a backward pass a term."""
     memory: float = Field(default=0.7, ge=0, lt=1)
-    """How much of each mean factor is kept at a look; the gate is no part of the mean, and acts at once."""
+    """How much of each mean norm is kept at a look; the gate is no part of the mean, and acts at once."""
 
 
 class UncertaintyBalance(Frozen):

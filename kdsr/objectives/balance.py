@@ -57,8 +57,10 @@ class Fixed(Balancer):
 class ByGradient(Balancer):
     """See `GradientBalance`. All workers find the same."""
 
+    norms: Tensor
+    """(2, n): of the gradient of the pixel terms and of each term, in the mean over its looks; NaN before."""
     found: Tensor
-    """Mean over looks of what gives each term its share, whether it agreed or not; NaN before the first."""
+    """(n,): what gave each term its share, whether it agreed or not, at the look when that was least."""
     agrees: Tensor
     """Whether the gate was open to each term at the last look."""
     steps: Tensor
@@ -69,10 +71,11 @@ class ByGradient(Balancer):
         super().__init__()
         self._config, self._pixel, self._others = config, tuple(pixel), tuple(others)
         self._student = [student]  # referred to, not owned
+        self.register_buffer("norms", torch.full((2, len(others)), torch.nan))
         self.register_buffer("found", torch.full((len(others),), torch.nan))
         self.register_buffer("agrees", torch.ones(len(others), dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_load_state_dict_pre_hook(_forget_gated_means)
+        self.register_load_state_dict_pre_hook(_forget_other_means)
 
     def forward(
         self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float | None = 1.0
@@ -107,12 +110,19 @@ class ByGradient(Balancer):
             if norm < TINY:  # nothing to compare: a term that is new is looked at again in the next step
                 continue
             self.agrees[place] = not self._config.gate or bool(torch.dot(reference, gradient) > 0)
-            self._remember(place, self._config.share * reference.norm().item() / norm)
+            self._remember(place, reference.norm().item(), norm)
 
-    def _remember(self, place: int, factor: float) -> None:
-        """Take what one look found into the mean; the gate is apart from it, and so acts at once."""
-        before, kept = float(self.found[place]), self._config.memory
-        self.found[place] = factor if math.isnan(before) else kept * before + (1 - kept) * factor
+    def _remember(self, place: int, reference: float, norm: float) -> None:
+        """Take what one look found into the means; the gate is apart from them, and so acts at once.
+
+        The factor only falls. A term whose gradient fades has been learned: with a factor that gave it its
+        share again, what is left of it, mostly noise, would pull as hard as it did.
+        """
+        before, now = self.norms[:, place], self.norms.new_tensor([reference, norm])
+        kept = 0.0 if before.isnan().any() else self._config.memory
+        self.norms[:, place] = kept * before.nan_to_num() + (1 - kept) * now
+        factor = self._config.share * self.norms[0, place] / self.norms[1, place]
+        self.found[place] = torch.fmin(self.found[place], factor)
 
     def _gradient(self, value: Tensor, share: float) -> Tensor:
         """Of the student's parameters, in one row: the mean over all workers, as the optimiser sees it."""
@@ -132,15 +142,13 @@ class ByGradient(Balancer):
         return row
 
 
-def _forget_gated_means(balancer: ByGradient, state: dict[str, Any], prefix: str, *_others: object) -> None:
-    """Let a state without `agrees` load: zeros of a shut gate are in its means, so they are found anew."""
-    if f"{prefix}found" not in state or f"{prefix}agrees" in state:
+def _forget_other_means(balancer: ByGradient, state: dict[str, Any], prefix: str, *_others: object) -> None:
+    """Let a state without `norms` load: its means are of factors, so they are found anew."""
+    if f"{prefix}found" not in state or f"{prefix}norms" in state:
         return
-    log.warning(
-        "the checkpoint has the gate of its gradient balance in the means of the factors: they are found anew"
-    )
-    state[f"{prefix}found"] = torch.full_like(state[f"{prefix}found"], torch.nan)
-    state[f"{prefix}agrees"] = torch.ones_like(balancer.agrees)
+    log.warning("the checkpoint has means of another kind in its gradient balance: they are found anew")
+    for name, fresh in (("norms", torch.nan), ("found", torch.nan), ("agrees", True)):
+        state[f"{prefix}{name}"] = torch.full_like(getattr(balancer, name), fresh)
 
 
 class ByUncertainty(Balancer):

@@ -101,11 +101,13 @@ def aside(pair):
     ("distances", "factors"),
     [
         ([1, -1, 1], [0.3, 0, 0.3]),
-        # Half as far is a gradient half as long, and twice the factor: in the mean although the gate is shut.
-        ([1, -0.5, 1], [0.3, 0, 0.3 * (0.7 * (0.7 + 0.3 * 2) + 0.3)]),
+        # Twice as far is a gradient twice as long: in the mean although the gate is shut.
+        ([1, -2, 1], [0.3, 0, 0.3 / (0.7 + 0.3 * 2)]),
+        # Half as far is one half as long, and no reason to pull harder.
+        ([1, -0.5, 1], [0.3, 0, 0.3]),
     ],
 )
-def test_the_gate_shuts_at_once_and_gives_the_mean_factor_back_at_once(aside, distances, factors):
+def test_the_gate_shuts_at_once_and_gives_the_factor_back_at_once(aside, distances, factors):
     student, pair, teacher = aside
     terms = [PixelTerm(loss="mse"), OutputTerm(loss="mse")]
     balance = GradientBalance(share=0.3, memory=0.7, every_steps=2)
@@ -130,6 +132,19 @@ def test_a_term_without_a_gradient_tells_no_factor_and_is_looked_at_again(aside)
         objective(pair)
         found.append(objective.after_step()["weight/output_l1"])
     assert found == pytest.approx([1, 0.3], rel=1e-3)
+
+
+def test_a_term_that_fades_is_not_made_louder_and_one_that_grows_is_kept_at_its_share(aside):
+    student, pair, teacher = aside
+    balance = GradientBalance(share=0.3, memory=0.0, every_steps=1)
+    terms = [PixelTerm(loss="mse"), OutputTerm(loss="mse")]
+    objective = build_objective(student, terms, teacher=teacher, balance=balance)
+    found = []
+    for distance in (1, 0.1, 0.001, 1, 3, 0.1):
+        teacher.distance = distance
+        objective(pair)
+        found.append(objective.after_step()["weight/output_mse"])
+    assert found == pytest.approx([0.3, 0.3, 0.3, 0.3, 0.1, 0.1], rel=1e-3)
 
 
 def test_gradients_are_looked_at_as_often_as_was_asked_for(pair, monkeypatch):
@@ -182,14 +197,17 @@ def test_the_state_of_a_balancer_goes_on(pair):
     assert second.balancer.factors()["output_l1"] == 0 < second.balancer.factors()["output_mse"]
 
 
-def test_a_state_with_the_gate_in_its_means_goes_on_with_new_ones(pair, caplog):
+@pytest.mark.parametrize("without_gate", [True, False])
+def test_a_state_with_means_of_another_kind_goes_on_with_new_ones(pair, caplog, without_gate):
     first, second = (
         build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance(gate=False)) for _ in range(2)
     )
     first(pair)
     older = first.state_dict()
     older["balancer.found"] = 0.5 * older["balancer.found"]
-    del older["balancer.agrees"]
+    del older["balancer.norms"]
+    if without_gate:
+        del older["balancer.agrees"]
     second.load_state_dict(older)
     assert second.balancer.factors() == {} and "they are found anew" in caplog.text
     second(pair)
