@@ -6,6 +6,7 @@ load torch, and what does a job: all else is small, and starts soon.
 """
 
 import asyncio
+import contextvars
 import hashlib
 import json
 import logging
@@ -148,7 +149,9 @@ class ClusterBackend:
         if self._description is not None and age < FRESH_SECONDS:
             return self._description
         if self._asking is None:
-            self._asking = asyncio.create_task(self._ask())
+            # A context of its own: in the first caller's, Serve would break it off when that one leaves.
+            self._asking = asyncio.create_task(self._ask(), context=contextvars.Context())
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             # Whoever leaves takes nothing from the others who wait for the same answer.
             await asyncio.shield(self._asking)

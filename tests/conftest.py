@@ -30,6 +30,9 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 # Ray's workers are very polite to the other tests, and would starve beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# For fixtures of modules and sessions.
+torch.set_num_threads(1)
+
 # A machine that runs other things as well must not fail a test for being slow.
 settings.register_profile("kdsr", deadline=None)
 settings.load_profile("kdsr")

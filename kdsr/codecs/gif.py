@@ -5,6 +5,7 @@ browsers have it, not the background colour.
 """
 
 import io
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _KEEP, _CLEAR, _RESTORE = 1, 2, 3
 _LONGEST = 65535  # centiseconds in one frame
 _IDENTITY = bytes(level for level in range(256) for _ in range(3))
 _OPAQUE_FROM = 128  # alpha
+_ZEROS = re.compile(rb"\0*")
 MOST_BETWEEN = 1000
 """Blocks of no picture: each is looked at, and a file could have millions of empty ones."""
 _SAMPLE = 8192  # pixels that a palette is fitted to
@@ -83,7 +85,9 @@ class GifScanner:
             elif introducer == _DESCRIPTOR:
                 yield self._frame(control)
                 control, drawn, between = _Control(), drawn + 1, 0
-            elif introducer != 0:
+            elif introducer == 0:
+                self._skip_zeros()
+            else:
                 raise ImageCorrupt(f"broken GIF: unknown block {introducer:#x} at byte {self._at - 1}")
             between += 1
             if between > MOST_BETWEEN:
@@ -110,6 +114,11 @@ class GifScanner:
         except IndexError:
             raise ImageCorrupt(f"cut off: the blocks from byte {self._at} on do not end") from None
         self._at = at + 1
+
+    def _skip_zeros(self) -> None:
+        found = _ZEROS.match(self._data, self._at)
+        assert found is not None
+        self._at = found.end()
 
     def _extension(self, control: _Control) -> _Control:
         label = self._take(1)[0]

@@ -8,7 +8,6 @@ Sources: JPEG File Interchange Format 1.02, 1992; Exif 3.0, section 4.7; ICC.1:2
 
 import re
 import struct
-import sys
 
 import imagecodecs
 import numpy as np
@@ -17,12 +16,15 @@ from kdsr.config import EncodeConfig
 from kdsr.errors import ImageUnsupported
 from kdsr.image import Image
 
-MOST_SCANS, MOST_SEGMENTS = 200, 10_000
+MOST_SCANS, MOST_SEGMENTS, MOST_STRAY, MOST_EXIF = 200, 2000, 2**16, 64
 """Each scan goes over all pixels anew, and takes a few bytes to ask for: a small file could ask for hours.
-So it could with what stands before the first one, which Pillow reads segment by segment."""
-_SCAN, _END = 0xDA, 0xD9
-_MARKER = re.compile(rb"\xff++([\x02-\xcf\xd8-\xfe])?")
-"""Its group is None for a byte that is stuffed into a scan, and for what lets it begin anew."""
+So it could with what stands before the first one, which Pillow reads piece by piece: segments, bytes between
+them, and EXIF, which it puts together anew for each piece."""
+_SCAN, _END, _APP1 = 0xDA, 0xD9, 0xE1
+_ALONE = frozenset({0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)})
+"""Markers that have no segment for Pillow."""
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
+"""Not a byte that is stuffed into a scan, nor what lets it begin anew."""
 _JFIF = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
 _DENSITY = slice(13, 18)  # unit, across, down
 _HEAD_BYTES = 20
@@ -38,42 +40,43 @@ def require_few_parts(data: bytes) -> None:
     """Raise ImageUnsupported for a file that is made to keep its decoder busy."""
     if _is_long_before_pixels(data):
         raise ImageUnsupported(
-            f"JPEG with more than {MOST_SEGMENTS} segments or stray bytes before its pixels is not read; "
-            f"save it as a plain one"
+            f"JPEG with more than {MOST_SEGMENTS} segments, {MOST_EXIF} of EXIF or {MOST_STRAY} stray bytes "
+            f"before its pixels is not read; save it as a plain one"
         )
     # What looks like the begin of a scan may lie in a profile or a thumbnail too, or behind the picture.
     if data.count(b"\xff\xda") > MOST_SCANS and _num_scans(data) > MOST_SCANS:
         raise ImageUnsupported(f"JPEG of more than {MOST_SCANS} scans is not read; save it as a plain one")
 
 
+def _is_long_before_pixels(data: bytes) -> bool:
+    at, segments, exif, stray = 2, 0, 0, 0
+    while segments <= MOST_SEGMENTS and exif <= MOST_EXIF and stray <= MOST_STRAY:
+        end = at + MOST_STRAY + 2
+        found = _MARKER.search(data, at, end)
+        if found is None:
+            return end < len(data)
+        code = found[1][0]
+        if code == _SCAN:
+            return False
+        stray += found.start() - at
+        if code in _ALONE:
+            at, stray = found.end(), stray + 2
+            continue
+        at, segments = _behind(data, found), segments + 1
+        exif += code == _APP1 and data.startswith(_EXIF, found.end() + 2)
+    return True
+
+
 def _num_scans(data: bytes) -> int:
     """Scans of the picture, counted as far as it matters; too many where its segments do not end."""
     at, scans = 2, 0
     for _ in range(MOST_SEGMENTS):
-        found = _next_marker(data, at)
+        found = _MARKER.search(data, at)
         if found is None or found[1][0] == _END or scans > MOST_SCANS:
             return scans
         scans += found[1][0] == _SCAN
         at = _behind(data, found)
     return MOST_SCANS + 1
-
-
-def _is_long_before_pixels(data: bytes) -> bool:
-    at, parts = 2, 0
-    while parts <= MOST_SEGMENTS:
-        end = at + MOST_SEGMENTS
-        found = _next_marker(data, at, end)
-        if found is None:
-            return end < len(data)
-        if found[1][0] in (_SCAN, _END):
-            return False
-        parts += 1 + found.end() - 2 - at
-        at = _behind(data, found)
-    return True
-
-
-def _next_marker(data: bytes, at: int, end: int = sys.maxsize) -> "re.Match[bytes] | None":
-    return next((found for found in _MARKER.finditer(data, at, end) if found[1]), None)
 
 
 def _behind(data: bytes, marker: "re.Match[bytes]") -> int:

@@ -40,7 +40,7 @@ _ABOUT_THE_PICTURE = (
 TURNED_ASIDE = (5, 6, 7, 8)
 """EXIF orientations that change height and width for each other."""
 
-_THUMBNAILS = re.compile(rb"<(xmp|xap):Thumbnails>.*?</\1:Thumbnails>", re.DOTALL)
+_THUMBNAILS = (b"xmp:Thumbnails>", b"xap:Thumbnails>")
 
 _XMP_SIZES = {
     "ImageWidth": "width",
@@ -189,10 +189,20 @@ def sized_xmp(xmp: bytes | None, *, height: int, width: int) -> bytes | None:
     """`xmp` for an image of this size, without small pictures of the old one."""
     if xmp is None:
         return None
-    xmp = _THUMBNAILS.sub(b"", xmp)
+    for tag in _THUMBNAILS:
+        xmp = _without(xmp, b"<" + tag, b"</" + tag)
     for name, side in _XMP_SIZES.items():
         xmp = _replaced(xmp, name, width if side == "width" else height)
     return xmp
+
+
+def _without(packet: bytes, opening: bytes, closing: bytes) -> bytes:
+    """`packet` without what lies from each `opening` to the next `closing`."""
+    kept, at = [], 0
+    while (begin := packet.find(opening, at)) >= 0 and (end := packet.find(closing, begin)) >= 0:
+        kept.append(packet[at:begin])
+        at = end + len(closing)
+    return b"".join((*kept, packet[at:]))
 
 
 def _replaced(packet: bytes, name: str, value: int) -> bytes:

@@ -26,8 +26,9 @@ _BROKEN: tuple[Any, ...] = (KeyError, struct.error, isal_zlib.error)
 _LARGEST_AT_ONCE = 2**26  # bytes that `decode_own` holds; larger pictures are another decoder's
 _LATE = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 _PIXELS = (b"IDAT", b"fcTL", b"fdAT")
-MOST_CHUNKS = 10_000
-"""Beside those of pixels: Pillow reads one after the other, and a file could have millions of empty ones."""
+MOST_CHUNKS, MOST_PROFILES = 2000, 8
+"""Chunks beside those of pixels: Pillow reads one after the other, and a file could have millions of empty
+ones. It unpacks each profile."""
 
 
 class PngWriter:
@@ -168,7 +169,7 @@ def with_metadata_first(data: bytes) -> bytes:
 
     Raises ImageUnsupported for a file that is made to keep its reader busy.
     """
-    late, pixels, at, others = [], 0, len(SIGNATURE), 0
+    late, pixels, at, others, profiles = [], 0, len(SIGNATURE), 0, 0
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
@@ -176,12 +177,15 @@ def with_metadata_first(data: bytes) -> bytes:
             pixels = at
         elif pixels and name in _LATE:
             late.append(data[at:end])
-        others += name not in _PIXELS
-        if others > MOST_CHUNKS:
+        others += name not in _PIXELS or length == 0
+        profiles += name == b"iCCP"
+        if others > MOST_CHUNKS or profiles > MOST_PROFILES:
             raise ImageUnsupported(
-                f"PNG with more than {MOST_CHUNKS} chunks beside its pixels is not read; "
-                f"save it as a plain one"
+                f"PNG with more than {MOST_CHUNKS} chunks beside its pixels, or {MOST_PROFILES} colour "
+                f"profiles, is not read; save it as a plain one"
             )
+        if name == b"IEND":
+            break
         at = end
     return data[:pixels] + b"".join(late) + data[pixels:] if late else data
 

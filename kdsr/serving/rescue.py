@@ -12,10 +12,12 @@ from kdsr.serving.problems import Problem
 logger = logging.getLogger("kdsr.serving")
 
 LOST = Problem("worker-lost", "the worker that had this request is gone; send it again", retry_after=1)
+LOADING = Problem("loading", "no worker can take this request yet; try again soon", retry_after=2)
 OF_STATUS = {
+    404: LOADING,  # There is no application yet, or no more.
     408: Problem("deadline", "it took longer than any request may", retry_after=5),
     500: LOST,
-    503: Problem("loading", "no worker can take this request yet; try again soon", retry_after=2),
+    503: LOADING,
 }
 """What a proxy's own status says of a request for a path of ours."""
 ITS_OWN_PATHS = "/-/"

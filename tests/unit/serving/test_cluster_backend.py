@@ -1,6 +1,7 @@
 """What callers hear while replicas start, are lost or have too much. Their handle is played, without Ray."""
 
 import asyncio
+import contextvars
 
 import pytest
 from ray.exceptions import RayActorError
@@ -96,6 +97,24 @@ def test_all_who_ask_at_once_wait_for_one_answer_and_whoever_leaves_takes_it_fro
         return found
 
     assert asyncio.run(ask()) == ([True, False, False, False, False], 1)
+
+
+def test_a_question_for_all_is_not_asked_in_the_name_of_the_first(replicas, monkeypatch):
+    """Serve knows by the context who calls a handle, and breaks off what an ended request waits for."""
+    caller = contextvars.ContextVar("caller", default=None)
+    seen = []
+
+    async def described():
+        seen.append(caller.get())
+        return replicas.host.describe()
+
+    async def ask():
+        caller.set("the first")
+        await ClusterBackend(replicas).describe()
+
+    monkeypatch.setattr(replicas, "describe", Method(described))
+    asyncio.run(ask())
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("then", LOST)

@@ -32,6 +32,7 @@ def proxy(*, status=None, headers=None, body=b"words of Serve", error=None, befo
         ({"error": RuntimeError("secret")}, 503, "worker-lost"),
         ({"status": 500}, 503, "worker-lost"),
         ({"status": 503}, 503, "loading"),
+        ({"status": 404}, 503, "loading"),  # As where there is no application yet.
         ({"status": 408}, 504, "deadline"),
     ],
 )
