@@ -16,26 +16,23 @@ from starlette.testclient import TestClient
 from kdsr.checkpoint import save_model
 from kdsr.models import build_model
 from kdsr.serving.app import build_app
-from kdsr.serving.host import ModelHost
+from kdsr.serving.host import HostBackend, ModelHost
 from kdsr.serving.keys import read_keys
 from kdsr.spec import Card, EspcnSpec
 from kdsr.store import open_store
 from tests.pictures import photograph
 
 
-class InProcess:
-    """The backend without a cluster."""
+class InProcess(HostBackend):
+    """The backend without a cluster, which counts its calls."""
 
     def __init__(self, host):
-        self.host = host
-        self.calls = 0
-
-    async def describe(self):
-        return self.host.describe()
+        super().__init__(host)
+        self.host, self.calls = host, 0
 
     async def upscale(self, call):
         self.calls += 1
-        return await self.host.answer(call)
+        return await super().upscale(call)
 
 
 class Server:
