@@ -274,16 +274,19 @@ class FixedBalance(Frozen):
 
 
 class GradientBalance(Frozen):
-    """Each term beside the pixel terms pulls with a share of their gradient, and only where it agrees.
+    """Each term beside the reference terms pulls with a share of their gradient, and only where it agrees.
 
     Sources: Chen et al., GradNorm, ICML 2018, for the norms; Du et al., 2018, for the cosine gate.
     """
 
     kind: Literal["gradient"] = "gradient"
     share: float = Field(default=0.3, gt=0)
-    """Norm of a term's gradient with weight 1, at most, as a part of that of the pixel terms together."""
+    """Norm of a term's gradient with weight 1, at most, as a part of that of the reference terms together;
+    both of the parameters that the term reaches."""
+    reference: tuple[Literal["pixel", "output"], ...] = Field(default=("pixel",), min_length=1)
+    """Kinds of terms that keep the weights they have, and that the others are measured by."""
     gate: bool = True
-    """Whether a term whose gradient points against that of the pixel terms counts 0 until the next look."""
+    """Whether a term whose gradient points against that of the reference counts 0 until the next look."""
     every_steps: int = Field(default=20, ge=1)
     """How often gradients are looked at, term by term; each look costs a backward pass a term."""
     memory: float = Field(default=0.7, ge=0, lt=1)

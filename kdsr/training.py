@@ -78,7 +78,6 @@ from kdsr.terms import (
     FusionTerm,
     GradientBalance,
     PerceptualTerm,
-    PixelTerm,
     TappedTerm,
     UncertaintyBalance,
     always_reach_output,
@@ -1025,14 +1024,15 @@ def _check_patches(config: RunConfig) -> None:
 
 def _check_balance(config: RunConfig) -> None:
     """Raise RequestError for a balance with nothing to measure the other terms against, or without an end."""
-    if isinstance(config.balance, GradientBalance) and not any(
-        isinstance(term, PixelTerm) for term in config.terms
+    balance = config.balance
+    if isinstance(balance, GradientBalance) and all(
+        term.kind not in balance.reference for term in config.terms
     ):
         raise RequestError(
-            "balance gradient measures each term against those of kind pixel, and terms have none; add one, "
-            "or set balance.kind to fixed"
+            f"balance gradient measures each term against those of kind {' or '.join(balance.reference)}, "
+            f"and terms have none; add one, or set balance.kind to fixed"
         )
-    if isinstance(config.balance, UncertaintyBalance):
+    if isinstance(balance, UncertaintyBalance):
         for term in config.terms:
             if falls_below_zero(term):
                 raise RequestError(

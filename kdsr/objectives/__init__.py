@@ -219,9 +219,7 @@ def build_objective(
         if _learns(term):
             wrapped[term] = wrap(term)
         weighted.append(_Weighted(name, config, term, wrapped.get(term, term)))
-    pixel = [each.name for each in weighted if isinstance(each.config, PixelTerm)]
-    others = [each.name for each in weighted if each.name not in pixel]
-    balancer = build_balancer(balance, student, pixel=pixel, others=others)
+    balancer = build_balancer(balance, student, {each.name: each.config.kind for each in weighted})
     if _learns(balancer):
         wrapped[balancer] = wrap(balancer)
     return Objective(weighted, begin, balancer, wrapped=wrapped)

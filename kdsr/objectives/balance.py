@@ -58,22 +58,23 @@ class ByGradient(Balancer):
     """See `GradientBalance`. All workers find the same."""
 
     norms: Tensor
-    """(2, n): of the gradient of the pixel terms and of each term, in the mean over its looks; NaN before."""
-    found: Tensor
-    """(n,): what gave each term its share, whether it agreed or not, at the look when that was least."""
+    """(2, n): of the gradient of the reference terms where each term has one too, and of the term's own, in
+    the mean over its looks; NaN before."""
+    peaks: Tensor
+    """(n,): the most that the mean norm of each term has been; NaN before its first look."""
     agrees: Tensor
     """Whether the gate was open to each term at the last look."""
     steps: Tensor
 
-    def __init__(
-        self, config: GradientBalance, student: nn.Module, *, pixel: Sequence[str], others: Sequence[str]
-    ) -> None:
+    def __init__(self, config: GradientBalance, student: nn.Module, kinds: Mapping[str, str]) -> None:
         super().__init__()
-        self._config, self._pixel, self._others = config, tuple(pixel), tuple(others)
+        self._config = config
+        self._reference = [name for name, kind in kinds.items() if kind in config.reference]
+        self._others = [name for name in kinds if name not in self._reference]
         self._student = [student]  # referred to, not owned
-        self.register_buffer("norms", torch.full((2, len(others)), torch.nan))
-        self.register_buffer("found", torch.full((len(others),), torch.nan))
-        self.register_buffer("agrees", torch.ones(len(others), dtype=torch.bool))
+        self.register_buffer("norms", torch.full((2, len(self._others)), torch.nan))
+        self.register_buffer("peaks", torch.full((len(self._others),), torch.nan))
+        self.register_buffer("agrees", torch.ones(len(self._others), dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_forget_other_means)
 
@@ -90,7 +91,8 @@ class ByGradient(Balancer):
 
     def factors(self) -> dict[str, float]:
         """See `Balancer`."""
-        told = zip(self._others, self.found.tolist(), self.agrees.tolist(), strict=True)
+        found = self._config.share * self.norms[0] / self.peaks
+        told = zip(self._others, found.tolist(), self.agrees.tolist(), strict=True)
         return {name: factor if agrees else 0.0 for name, factor, agrees in told if not math.isnan(factor)}
 
     def _is_new(self, values: Mapping[str, Tensor]) -> bool:
@@ -98,10 +100,10 @@ class ByGradient(Balancer):
         return any(name in values and name not in self.factors() for name in self._others)
 
     def _look(self, values: Mapping[str, Tensor], weights: Mapping[str, float], share: float) -> None:
-        pixel = [weights[name] * values[name] for name in self._pixel if name in values]
-        if not pixel:
+        reference_terms = [weights[name] * values[name] for name in self._reference if name in values]
+        if not reference_terms:
             return
-        reference = self._gradient(torch.stack(pixel).sum(), share)
+        reference = self._gradient(torch.stack(reference_terms).sum(), share)
         for place, name in enumerate(self._others):
             if name not in values:
                 continue
@@ -110,19 +112,20 @@ class ByGradient(Balancer):
             if norm < TINY:  # nothing to compare: a term that is new is looked at again in the next step
                 continue
             self.agrees[place] = not self._config.gate or bool(torch.dot(reference, gradient) > 0)
-            self._remember(place, reference.norm().item(), norm)
+            self._remember(place, reference[gradient != 0].norm().item(), norm)
 
     def _remember(self, place: int, reference: float, norm: float) -> None:
         """Take what one look found into the means; the gate is apart from them, and so acts at once.
 
-        The factor only falls. A term whose gradient fades has been learned: with a factor that gave it its
-        share again, what is left of it, mostly noise, would pull as hard as it did.
+        Both norms are of the parameters that the term reaches. One with taps in the first layers would get,
+        of a whole network's gradient, many times what the reference terms have there.
         """
         before, now = self.norms[:, place], self.norms.new_tensor([reference, norm])
         kept = 0.0 if before.isnan().any() else self._config.memory
         self.norms[:, place] = kept * before.nan_to_num() + (1 - kept) * now
-        factor = self._config.share * self.norms[0, place] / self.norms[1, place]
-        self.found[place] = torch.fmin(self.found[place], factor)
+        # A term whose gradient fades has been learned: with a factor that gave it its share again, what is
+        # left of it, mostly noise, would pull as hard as it did.
+        self.peaks[place] = torch.fmax(self.peaks[place], self.norms[1, place])
 
     def _gradient(self, value: Tensor, share: float) -> Tensor:
         """Of the student's parameters, in one row: the mean over all workers, as the optimiser sees it."""
@@ -143,11 +146,11 @@ class ByGradient(Balancer):
 
 
 def _forget_other_means(balancer: ByGradient, state: dict[str, Any], prefix: str, *_others: object) -> None:
-    """Let a state without `norms` load: its means are of factors, so they are found anew."""
-    if f"{prefix}found" not in state or f"{prefix}norms" in state:
+    """Let a state of other means load: those of factors, or of norms over all parameters, are found anew."""
+    if state.pop(f"{prefix}found", None) is None:
         return
     log.warning("the checkpoint has means of another kind in its gradient balance: they are found anew")
-    for name, fresh in (("norms", torch.nan), ("found", torch.nan), ("agrees", True)):
+    for name, fresh in (("norms", torch.nan), ("peaks", torch.nan), ("agrees", True)):
         state[f"{prefix}{name}"] = torch.full_like(getattr(balancer, name), fresh)
 
 
@@ -176,14 +179,12 @@ class ByUncertainty(Balancer):
         return dict(zip(self._names, torch.exp(-self.log_spreads.detach()).tolist(), strict=True))
 
 
-def build_balancer(
-    config: Balance, student: nn.Module, *, pixel: Sequence[str], others: Sequence[str]
-) -> Balancer:
-    """The one that `config` asks for; `pixel` and `others` are the names of the terms of either kind."""
+def build_balancer(config: Balance, student: nn.Module, kinds: Mapping[str, str]) -> Balancer:
+    """The one that `config` asks for; `kinds` are those of the terms, by their names."""
     match config:
         case GradientBalance():
-            return ByGradient(config, student, pixel=pixel, others=others)
+            return ByGradient(config, student, kinds)
         case UncertaintyBalance():
-            return ByUncertainty([*pixel, *others])
+            return ByUncertainty(list(kinds))
         case FixedBalance():
             return Fixed()

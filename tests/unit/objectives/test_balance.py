@@ -14,7 +14,7 @@ from kdsr.objectives import build_objective
 from kdsr.objectives.balance import ByGradient, build_balancer
 from kdsr.pairs import Cursor, PairBatch
 from kdsr.spec import EspcnSpec
-from kdsr.terms import GradientBalance, OutputTerm, PixelTerm, UncertaintyBalance
+from kdsr.terms import FeatureTerm, GradientBalance, OutputTerm, PixelTerm, TapPair, UncertaintyBalance
 
 SPEC = EspcnSpec(scale=2, num_features=8)
 TERMS = [PixelTerm(), OutputTerm(weight=1), OutputTerm(weight=0.5, loss="mse")]
@@ -31,18 +31,64 @@ def pair():
     return PairBatch(lr=torch.rand(2, 3, 12, 10), hr=torch.rand(2, 3, 24, 20))
 
 
-def norm(value, student):
-    gradients = torch.autograd.grad(value, list(student.parameters()), retain_graph=True)
+def norm(value, parameters):
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True)
     return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
 
 def test_every_term_pulls_with_its_share_of_the_pixel_terms(pair):
     student = net()
+    parameters = list(student.parameters())
     balance = GradientBalance(share=0.2, gate=False)
     losses = build_objective(student, TERMS, teacher=net(1), balance=balance)(pair)
-    whole = norm(losses["pixel_l1"], student)
-    assert norm(losses["output_l1"], student) == pytest.approx(0.2 * whole, rel=1e-4)
-    assert norm(losses["output_mse"], student) == pytest.approx(0.5 * 0.2 * whole, rel=1e-4)
+    whole = norm(losses["pixel_l1"], parameters)
+    assert norm(losses["output_l1"], parameters) == pytest.approx(0.2 * whole, rel=1e-4)
+    assert norm(losses["output_mse"], parameters) == pytest.approx(0.5 * 0.2 * whole, rel=1e-4)
+
+
+def test_a_term_at_features_is_measured_by_what_the_pixel_terms_have_there(pair):
+    student, teacher = net(), net(1)
+    terms = [PixelTerm(), FeatureTerm(taps=[TapPair(student="body.1", teacher="body.1")])]
+    balance = GradientBalance(share=0.2, gate=False)
+    losses = build_objective(student, terms, teacher=teacher, balance=balance)(pair)
+    there = list(student.body[0].parameters())
+    there_alone = norm(losses["pixel_l1"], there)
+    assert there_alone < 0.8 * norm(losses["pixel_l1"], list(student.parameters()))
+    assert norm(losses["features_l1"], there) == pytest.approx(0.2 * there_alone, rel=1e-4)
+
+
+def test_a_term_has_nothing_to_share_before_the_pixel_terms_reach_it_and_its_share_as_soon_as_they_do(pair):
+    student = net()
+    tail = student.body[-2]
+    with torch.no_grad():
+        kernel = tail.weight.clone()
+        tail.weight.zero_()  # as a chain begins
+    terms = [PixelTerm(), FeatureTerm(taps=[TapPair(student="body.1", teacher="body.1")])]
+    balance = GradientBalance(gate=False, memory=0.0, every_steps=1)
+    objective = build_objective(student, terms, teacher=net(1), balance=balance)
+    objective(pair)
+    assert objective.after_step()["weight/features_l1"] == 0
+    with torch.no_grad():
+        tail.weight.copy_(kernel)
+    objective(pair)
+    assert objective.after_step()["weight/features_l1"] > 0
+
+
+def test_kinds_of_the_reference_keep_their_weights(pair):
+    student = net()
+    terms = [
+        PixelTerm(weight=0.5),
+        OutputTerm(weight=0.5),
+        FeatureTerm(taps=[TapPair(student="body.1", teacher="body.1")]),
+    ]
+    balance = GradientBalance(share=0.2, reference=("pixel", "output"), gate=False)
+    objective = build_objective(student, terms, teacher=net(1), balance=balance)
+    losses = objective(pair)
+    told = objective.after_step()
+    assert told["weight/pixel_l1"] == told["weight/output_l1"] == 0.5
+    there = list(student.body[0].parameters())
+    together = norm(losses["pixel_l1"] + losses["output_l1"], there)
+    assert norm(losses["features_l1"], there) == pytest.approx(0.2 * together, rel=1e-4)
 
 
 def test_a_term_that_pulls_the_other_way_is_left_out(pair):
@@ -172,7 +218,7 @@ def test_uncertainty_learns_to_trust_what_is_easy(pair):
 
 def test_uncertainty_is_the_log_density_of_laplace_without_its_constant():
     names, spreads = ["pixel_l1", "output_l1", "output_mse"], torch.tensor([0.5, 2.0, 4.0])
-    balancer = build_balancer(UncertaintyBalance(), net(), pixel=names[:1], others=names[1:])
+    balancer = build_balancer(UncertaintyBalance(), net(), {name: name[: -len("_l1")] for name in names})
     values, weights = torch.tensor([0.2, 0.7, 3.0]), [1.0, 2.0, 0.5]
     with torch.no_grad():
         balancer.log_spreads.copy_(spreads.log())
@@ -197,17 +243,16 @@ def test_the_state_of_a_balancer_goes_on(pair):
     assert second.balancer.factors()["output_l1"] == 0 < second.balancer.factors()["output_mse"]
 
 
-@pytest.mark.parametrize("without_gate", [True, False])
-def test_a_state_with_means_of_another_kind_goes_on_with_new_ones(pair, caplog, without_gate):
+@pytest.mark.parametrize("missing", [(), ("norms",), ("norms", "agrees")])
+def test_a_state_with_means_of_another_kind_goes_on_with_new_ones(pair, caplog, missing):
     first, second = (
         build_objective(net(), TERMS, teacher=net(1), balance=GradientBalance(gate=False)) for _ in range(2)
     )
     first(pair)
     older = first.state_dict()
-    older["balancer.found"] = 0.5 * older["balancer.found"]
-    del older["balancer.norms"]
-    if without_gate:
-        del older["balancer.agrees"]
+    older["balancer.found"] = 0.5 * older.pop("balancer.peaks")
+    for name in missing:
+        del older[f"balancer.{name}"]
     second.load_state_dict(older)
     assert second.balancer.factors() == {} and "they are found anew" in caplog.text
     second(pair)
