@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain, repeat
 from typing import Any
 
@@ -26,6 +26,7 @@ from cluster.capacity import Need, Node
 from kdsr import errors
 from kdsr.config import ClusterConfig
 from kdsr.errors import KdsrError, RequestError
+from kdsr.store import Store
 
 # Ray's own default is 30 % of the memory; encoded bytes and status rows need far less.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -274,6 +275,17 @@ def error_of(row: Mapping[str, str]) -> KdsrError:
 def last_line(error: Exception | str) -> str:
     """What went wrong on a worker, without the traceback that Ray puts before it."""
     return str(error).strip().splitlines()[-1]
+
+
+def tell_leftovers(target: Store, *, keep: Collection[str]) -> None:
+    """Name what earlier runs left among the shards. It is not deleted: a training may still read it."""
+    leftovers = {info.key for info in target.list("shard-")} - set(keep)
+    if leftovers:
+        print(
+            f"{len(leftovers)} files of earlier runs under {target.uri} are in no index any more and can be "
+            f"deleted",
+            file=sys.stderr,
+        )
 
 
 def leave_terminal_to_our_bar() -> None:

@@ -1,7 +1,6 @@
 """Make shards of photographs with Ray Data: one task is one shard. Knows no pixels."""
 
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,7 @@ def shard(config: ShardConfig) -> Summary:
     missing = [plan for plan in plans if plan.key not in receipts]
     receipts.update(_build(missing, sum(len(plan.photos) for plan in plans), config))
     index = _publish([receipts[plan.key] for plan in plans], target, config)
-    _tell_leftovers(there, plans, target)
+    session.tell_leftovers(target, keep={key for plan in plans for key in (plan.key, plan.receipt_key)})
     return Summary(index, len(missing), target.uri)
 
 
@@ -127,14 +126,3 @@ def _publish(receipts: list[Receipt], target: Store, config: ShardConfig) -> Sha
         )
     write_index(target, index)
     return index
-
-
-def _tell_leftovers(there: Collection[str], plans: list[ShardPlan], target: Store) -> None:
-    """Name what earlier runs left. It is not deleted: a training may still read it."""
-    leftovers = set(there) - {key for plan in plans for key in (plan.key, plan.receipt_key)}
-    if leftovers:
-        print(
-            f"{len(leftovers)} files of earlier runs under {target.uri} are in no index any more and can be "
-            f"deleted",
-            file=sys.stderr,
-        )

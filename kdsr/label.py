@@ -5,7 +5,8 @@ zoomed-in inputs, where that is asked for.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Literal
@@ -52,9 +53,8 @@ class LabelledShard(Frozen):
 
     source_sha256: str
     teacher_sha256: str
-    labels: Labels | None = None
-    precision: LabelPrecision | None = None
-    """Not known of shards that were labelled before it was written down; they do for either."""
+    labels: Labels
+    precision: LabelPrecision
     entry: ShardEntry
 
 
@@ -197,6 +197,17 @@ def _digest(card: Card, labels: Labels) -> str:
 # ---------------------------------------------------------------- shards
 
 
+def labelled_key(entry: ShardEntry, *, teacher_sha256: str, labels: Labels, precision: LabelPrecision) -> str:
+    """Name of the labelled copy of a shard.
+
+    It holds a digest of all that the labels depend on (the shard, the teacher, the degradation, what was
+    asked for), so what is there under the name is right, and two teachers never share one.
+    """
+    made_of = [entry.sha256, teacher_sha256, labels.model_dump(mode="json"), precision]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{entry.key.removesuffix('.parquet')}-{digest}.parquet"
+
+
 def label_shard(
     source: Store,
     entry: ShardEntry,
@@ -205,53 +216,48 @@ def label_shard(
     labeller: Labeller,
     teacher_sha256: str,
     row_group_bytes: int,
+    tell: Callable[[int], object] = lambda _: None,
 ) -> ShardEntry:
-    """Copy one shard with the teacher's columns.
+    """Copy one shard with the teacher's columns; one that is whole already is left as it is.
 
-    A shard that is already there with the same labels of the same teacher and source is left as it is.
+    `tell` is called with the number of rows that are done, after each.
     """
-    done = _done(target, entry, teacher_sha256, labeller.labels, labeller.precision)
-    if done is not None:
-        return done
-    # Killed behind the shard and before its new note, the old note would vouch for what it does not know.
-    target.delete(_note_key(entry))
-    rows = (labeller.label(row) for row in _rows(source, entry))
-    written = shards.write_shard(target, entry.key, rows, row_group_bytes=row_group_bytes)
+    labels, precision = labeller.labels, labeller.precision
+    key = labelled_key(entry, teacher_sha256=teacher_sha256, labels=labels, precision=precision)
+    if target.exists(note_key(key)):
+        note = LabelledShard.model_validate_json(target.get(note_key(key)))
+        if target.exists(key):
+            return note.entry
+        # Killed behind the shard and before its new note, the old note would vouch for what it does not know.
+        target.delete(note_key(key))
+    rows = _told((labeller.label(row) for row in _rows(source, entry)), tell)
+    written = shards.write_shard(target, key, rows, row_group_bytes=row_group_bytes)
     note = LabelledShard(
         source_sha256=entry.sha256,
         teacher_sha256=teacher_sha256,
-        labels=labeller.labels,
-        precision=labeller.precision,
+        labels=labels,
+        precision=precision,
         entry=written,
     )
-    target.put(_note_key(entry), note.model_dump_json(indent=1).encode())
+    target.put(note_key(key), note.model_dump_json(indent=1).encode())
     return written
 
 
+def _told(rows: Iterable[Row], tell: Callable[[int], object]) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
+        tell(number)
+        yield row
+
+
+def note_key(key: str) -> str:
+    """Of the note beside the labelled shard `key`."""
+    return f"{key}.json"
+
+
 def require_labelled(target: Store) -> None:
-    """Raise RequestError when there is a set without labels: shards of jobs/shard.py are not overwritten."""
+    """Raise RequestError when there is a set without labels: its index is not replaced by one with them."""
     if target.exists(shards.INDEX_KEY) and shards.read_index(target).teacher is None:
         raise RequestError(f"{target.uri} holds shards without labels; choose another output")
-
-
-def withdraw_index(
-    index: ShardIndex,
-    target: Store,
-    *,
-    teacher_sha256: str,
-    labels: Labels = OUTPUT_ALONE,
-    precision: LabelPrecision = "float32",
-) -> None:
-    """Let the set at `target` not exist while shards of it are missing, or carry other labels.
-
-    Raises RequestError when there is a set without labels.
-    """
-    if not target.exists(shards.INDEX_KEY):
-        return
-    require_labelled(target)
-    found = (_done(target, entry, teacher_sha256, labels, precision) for entry in index.shards)
-    if any(entry is None for entry in found):
-        target.delete(shards.INDEX_KEY)
 
 
 def labelled_index(
@@ -261,21 +267,6 @@ def labelled_index(
     teacher = TeacherRef(name=card.name, sha256=card.sha256, licence=card.licence)
     found = {"shards": entries, "teacher": teacher, "teacher_scale": card.spec.scale, "labels": labels}
     return index.model_copy(update=found)
-
-
-def _done(
-    target: Store, entry: ShardEntry, teacher_sha256: str, labels: Labels, precision: LabelPrecision
-) -> ShardEntry | None:
-    if not (target.exists(_note_key(entry)) and target.exists(entry.key)):
-        return None
-    note = LabelledShard.model_validate_json(target.get(_note_key(entry)))
-    same_teacher = note.source_sha256 == entry.sha256 and note.teacher_sha256 == teacher_sha256
-    same_labels = (note.labels or OUTPUT_ALONE) == labels and note.precision in (None, precision)
-    return note.entry if same_teacher and same_labels else None
-
-
-def _note_key(entry: ShardEntry) -> str:
-    return f"{entry.key}.json"
 
 
 def _rows(store: Store, entry: ShardEntry) -> Iterator[Row]:
