@@ -1,5 +1,6 @@
 """Quick measures for a run: sub-images held out and not, and whether a teacher is worth learning from."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,7 @@ def heldout_pairs(
 ) -> list[Pair]:
     """`limit` held-out sub-images, or all, with the LR that training would make; always the same ones.
 
-    One of each photograph in turn, in the order of the index: those beside each other show the same.
+    One of each photograph in turn: those beside each other show the same.
     """
     rows = _heldout_rows(store, index, limit)
     return _pairs(rows, degrade=degrade, scale=scale, channels=channels)
@@ -192,18 +193,26 @@ def _heldout_rows(store: Store, index: ShardIndex, limit: int) -> list[shards.Ro
 
 
 def _heldout_places(store: Store, index: ShardIndex, limit: int) -> list[_Place]:
-    """The first row of as many photographs, then the second of each, and so on."""
+    """The first row of as many photographs, then the second of each, and so on.
+
+    Photographs are drawn by a hash of their keys. Rows lie in the order of keys, so that the first ones may
+    all be of one folder, and of one kind; shards are each a sample of the set, and few are looked into.
+    """
     photographs: dict[str, list[_Place]] = {}
     for shard, entry in enumerate(index.shards):
+        if len(photographs) >= limit:
+            break
         for group in range(len(entry.row_groups)) if entry.num_heldout_rows else ():
             # The small columns alone: most rows are trained on, and their images are large.
             for number, row in enumerate(shards.read_row_group(store, entry, group, columns=())):
                 if row.heldout:
                     photographs.setdefault(row.key, []).append(_Place(shard, group, number))
-            if len(photographs) >= limit:
-                return [places[0] for places in photographs.values()][:limit]
-    turns = zip_longest(*photographs.values())
+    turns = zip_longest(*(photographs[key] for key in sorted(photographs, key=_lot)))
     return [place for turn in turns for place in turn if place is not None][:limit]
+
+
+def _lot(key: str) -> bytes:
+    return hashlib.sha256(f"validation {key}".encode()).digest()
 
 
 def _training_rows(store: Store, index: ShardIndex, limit: int) -> Iterator[shards.Row]:
