@@ -55,6 +55,7 @@ from kdsr.terms import (
     PixelTerm,
     TapPair,
     UncertaintyBalance,
+    UpcyclingTerm,
 )
 from kdsr.training import Worker, autocast_type, check, exported_card, train
 from kdsr.validation import training_pictures
@@ -552,9 +553,20 @@ def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_balance_by_gradients_without_a_pixel_term_is_refused(shards, tmp_path, teacher):
-    config = distil_config(shards, tmp_path, teacher, terms=(OutputTerm(),), balance=GradientBalance())
-    with pytest.raises(RequestError, match="measures each term against those of kind pixel, and terms have"):
+@pytest.mark.parametrize(
+    ("terms", "reference", "words"),
+    [
+        ((OutputTerm(),), ("pixel",), "kind pixel, and terms have none"),
+        ((PixelTerm(),), ("output",), "kind output, and terms have none"),
+        ((UpcyclingTerm(),), ("pixel", "output"), "kind pixel or output, and terms have none"),
+    ],
+)
+def test_a_balance_by_gradients_without_what_it_measures_by_is_refused(
+    shards, tmp_path, teacher, terms, reference, words
+):
+    balance = GradientBalance(reference=reference)
+    config = distil_config(shards, tmp_path, teacher, terms=terms, balance=balance)
+    with pytest.raises(RequestError, match=words):
         check(config)
 
 
