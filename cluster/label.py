@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 ROW_GROUP_BYTES = 16 * 2**20
-TALLY_SECONDS = 1.0
+TALLY_SECONDS, ANSWER_SECONDS = 1.0, 5.0
 
 
 def label(config: LabelConfig) -> ShardIndex:
@@ -161,11 +161,13 @@ def _entries(
 
 @contextmanager
 def _moved_by(tally: "ActorHandle[Any]", bar: "tqdm[Any]") -> Iterator[None]:
-    """Let `bar` show within the block, and after it, what is told to `tally`."""
+    """Let `bar` show within the block, and once behind it, what is told to `tally`."""
     over = threading.Event()
 
     def show() -> None:
-        bar.update(ray.get(tally.total.remote()) - bar.n)
+        # A bar that stands still is no reason to lose labels, or to hide why they stopped.
+        with suppress(ray.exceptions.RayError):
+            bar.update(ray.get(tally.total.remote(), timeout=ANSWER_SECONDS) - bar.n)
 
     def follow() -> None:
         while not over.wait(TALLY_SECONDS):
@@ -175,7 +177,7 @@ def _moved_by(tally: "ActorHandle[Any]", bar: "tqdm[Any]") -> Iterator[None]:
     follower.start()
     try:
         yield
-        show()
     finally:
         over.set()
-        follower.join()
+        follower.join(2 * ANSWER_SECONDS)
+    show()

@@ -3,6 +3,7 @@
 The ledger is one row beside each run, written last. Knows no cluster; nothing is summed up here.
 """
 
+import gc
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ from kdsr import provenance, training
 from kdsr.benchmark import benchmark_names, open_benchmark
 from kdsr.checkpoint import load_model
 from kdsr.config import Cell, CompareConfig, DistillConfig
+from kdsr.engine import give_back_memory
 from kdsr.errors import DataError, KeyNotFound, RequestError
 from kdsr.evaluate import Score, evaluate_pairs, plan_rounds, upscaling
 from kdsr.models import build_model, fold, num_parameters
@@ -281,6 +283,9 @@ def measure_cost(cell: Cell, *, num_steps: int, worker: Worker) -> StepCost:
     for _ in range(WARMUP_STEPS):
         next(reports)
     state.step = 0
+    # What reading, loading a teacher and slicing left behind is no part of a step.
+    gc.collect()
+    give_back_memory()
     _forget_peak(worker.device)
     began = time.process_time()
     seconds = [report.seconds - report.waiting_seconds for report in reports]

@@ -375,7 +375,7 @@ class TeacherTrainingConfig(TrainingConfig):
 class TeacherConfig(Frozen):
     """The network to distil from."""
 
-    uri: ModelReference
+    uri: Annotated[ModelReference, Flags(("--teacher",))]
     """Bundled name, model directory, or a public checkpoint file (.pt, .pth, .safetensors)."""
     licence: str | None = None
     """Terms of the teacher's weights, where it has no card that names them; kept in the student's card."""
@@ -572,7 +572,7 @@ class CompareConfig(BudgetConfig):
     only_seed: tuple[int, ...] = ()
     measure_cost: bool = True
     """Measure time and memory of each method after the training, with nothing beside it."""
-    cost_steps: int = Field(default=20, ge=2)
+    cost_steps: int = Field(default=50, ge=2)
     """Steps that are measured; they run through all that weights do over a whole run."""
     retry_failed: bool = False
     """Also the cells that failed in earlier starts."""

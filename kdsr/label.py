@@ -12,6 +12,7 @@ from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -41,6 +42,8 @@ from kdsr.upscale import Upscaler
 from kdsr.validation import make_pair
 
 DEGRADATION = BicubicDegradation()
+_FORMAT_VERSION = 1
+"""Of what labels are made of; another one and all are made anew."""
 NUM_SAMPLES = 16
 """Sub-images on which the directions of features are fitted."""
 
@@ -203,7 +206,7 @@ def labelled_key(entry: ShardEntry, *, teacher_sha256: str, labels: Labels, prec
     It holds a digest of all that the labels depend on (the shard, the teacher, the degradation, what was
     asked for), so what is there under the name is right, and two teachers never share one.
     """
-    made_of = [entry.sha256, teacher_sha256, labels.model_dump(mode="json"), precision]
+    made_of = [_FORMAT_VERSION, entry.sha256, teacher_sha256, labels.model_dump(mode="json"), precision]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     return f"{entry.key.removesuffix('.parquet')}-{digest}.parquet"
 
@@ -225,9 +228,8 @@ def label_shard(
     labels, precision = labeller.labels, labeller.precision
     key = labelled_key(entry, teacher_sha256=teacher_sha256, labels=labels, precision=precision)
     if target.exists(note_key(key)):
-        note = LabelledShard.model_validate_json(target.get(note_key(key)))
         if target.exists(key):
-            return note.entry
+            return _noted(target, key)
         # Killed behind the shard and before its new note, the old note would vouch for what it does not know.
         target.delete(note_key(key))
     rows = _told((labeller.label(row) for row in _rows(source, entry)), tell)
@@ -241,6 +243,15 @@ def label_shard(
     )
     target.put(note_key(key), note.model_dump_json(indent=1).encode())
     return written
+
+
+def _noted(target: Store, key: str) -> ShardEntry:
+    try:
+        return LabelledShard.model_validate_json(target.get(note_key(key))).entry
+    except ValidationError:
+        raise DataError(
+            f"{target.uri}/{note_key(key)} is not what jobs/label.py wrote; delete it and label again"
+        ) from None
 
 
 def _told(rows: Iterable[Row], tell: Callable[[int], object]) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """What a network is trained for: one frozen config per term. `kdsr.objectives` builds them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -323,6 +323,15 @@ def always_reach_output(terms: Sequence[Schedule]) -> bool:
     """Whether at any time some term pulls at what the network makes, and not at its features alone."""
     at_output = [term for term in terms if isinstance(term, FusionTerm) or not isinstance(term, TappedTerm)]
     return all(any(term.at(moment) > 0 for term in at_output) for moment in _moments(terms))
+
+
+def moment_without(kinds: Collection[str], terms: Sequence[TermConfig]) -> float | None:
+    """When, as a part of the run, terms have a weight and none of them is of `kinds`."""
+    for moment in _moments(terms):
+        found = {term.kind for term in terms if term.at(moment) > 0}  # type: ignore[attr-defined]
+        if found and found.isdisjoint(kinds):
+            return moment
+    return None
 
 
 def _moments(terms: Sequence[Schedule]) -> list[float]:

@@ -82,6 +82,7 @@ from kdsr.terms import (
     UncertaintyBalance,
     always_reach_output,
     falls_below_zero,
+    moment_without,
 )
 from kdsr.tracking import MlflowRun, begin_mlflow
 from kdsr.upscale import Upscaler
@@ -319,6 +320,7 @@ def rehearse(
     It takes a few batches, read before it begins, again and again. Raises what `check` raises.
     """
     inputs = check(config)
+    keep_freed_memory()
     state, objective = _begin(config, inputs, worker)
     batches = list(islice(_pairs(config, inputs, state.cursor, worker), num_batches))
     autocast = autocast_type(config.precision, worker.device)
@@ -492,12 +494,11 @@ def _fit(
 
 def _start(config: RunConfig, index: ShardIndex, worker: Worker) -> TrainState:
     model = build_model(config.model)
+    slices = config.init_from is not None and config.inherit == "slice"
+    pictures = _pictures(config, index) if slices or _shares_extractor(config) else None
     if config.init_from is not None:
         source = load_model(config.init_from, config.store).model
-        if config.inherit == "slice":
-            taken = inherit_slice(model, source, _pictures(config, index))
-        else:
-            taken = inherit_weights(model, source)
+        taken = inherit_slice(model, source, pictures) if slices else inherit_weights(model, source)
         if taken == 0:
             raise RequestError(
                 f"init_from {config.init_from}: no layer has a name and shape of {config.model.kind}; "
@@ -506,7 +507,7 @@ def _start(config: RunConfig, index: ShardIndex, worker: Worker) -> TrainState:
         log.info("took %d layers from %s", taken, config.init_from)
     if _shares_extractor(config):
         assert isinstance(config, DistillConfig)
-        share_extractor(model, load_model(config.teacher.uri, config.store).model)
+        share_extractor(model, load_model(config.teacher.uri, config.store).model, pictures)
     trains_teacher = isinstance(config, TeacherTrainingConfig)
     place = partial(_place, device=worker.device, in_parts=trains_teacher and _shards_teacher(config, worker))
     state = new_state(model.train(), config.optimizer, num_steps=config.num_steps, place=place)
@@ -1025,13 +1026,19 @@ def _check_patches(config: RunConfig) -> None:
 def _check_balance(config: RunConfig) -> None:
     """Raise RequestError for a balance with nothing to measure the other terms against, or without an end."""
     balance = config.balance
-    if isinstance(balance, GradientBalance) and all(
-        term.kind not in balance.reference for term in config.terms
-    ):
-        raise RequestError(
-            f"balance gradient measures each term against those of kind {' or '.join(balance.reference)}, "
-            f"and terms have none; add one, or set balance.kind to fixed"
-        )
+    if isinstance(balance, GradientBalance):
+        kinds = " or ".join(balance.reference)
+        if all(term.kind not in balance.reference for term in config.terms):
+            raise RequestError(
+                f"balance gradient measures each term against those of kind {kinds}, and terms have none; "
+                f"add one, or set balance.kind to fixed"
+            )
+        if (moment := moment_without(balance.reference, config.terms)) is not None:
+            raise RequestError(
+                f"balance gradient measures each term against those of kind {kinds}, and at {moment:g} of "
+                f"the run others have a weight and none of these; give one of these a weight there, or set "
+                f"balance.kind to fixed"
+            )
     if isinstance(balance, UncertaintyBalance):
         for term in config.terms:
             if falls_below_zero(term):

@@ -119,12 +119,14 @@ def inherit_slice(model: SrModel, source: SrModel, pictures: Tensor | None = Non
     return taken
 
 
-def share_extractor(model: SrModel, source: SrModel) -> None:
+def share_extractor(model: SrModel, source: SrModel, pictures: Tensor | None = None) -> None:
     """Give `model` the extractor of `source`, or the most telling channels of it, and let it learn no more.
 
+    On the same `pictures` the channels are those that `inherit_slice` takes, which may stand behind it.
     Raises RequestError where `require_shareable` does.
     """
-    taken = shared_extractor(fold(model), fold(source))
+    pictures = dead_leaves(source.spec.channels) if pictures is None else pictures
+    taken = shared_extractor(fold(model), fold(source), pictures)
     extractor = model.get_submodule(model.spec.extractor)
     if isinstance(extractor, RepConv):
         extractor.set_single(taken["weight"], taken["bias"])

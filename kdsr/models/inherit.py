@@ -104,10 +104,10 @@ def _plan(model: SrModel, source: SrModel, pictures: Tensor) -> Plan:
     return Plan(origins, larger.tensors, chosen)
 
 
-def shared_extractor(model: SrModel, source: SrModel) -> dict[str, Tensor]:
+def shared_extractor(model: SrModel, source: SrModel, pictures: Tensor) -> dict[str, Tensor]:
     """What `model` takes as its extractor of that of `source`, both folded, by the name within it.
 
-    All of it where the widths are equal, or else the channels that a slice of the whole network would have.
+    All of it where the widths are equal, or else the channels that `slice_weights` takes with `pictures`.
     Raises RequestError where `require_shareable` does.
     """
     require_shareable(model.spec, source.spec)
@@ -115,7 +115,7 @@ def shared_extractor(model: SrModel, source: SrModel) -> dict[str, Tensor]:
     own, given = model.state_dict(), source.state_dict()
     names = [name for name in own if name.startswith(prefix)]
     if any(own[name].shape != given[name].shape for name in names):
-        plan = _plan(model, source, dead_leaves(source.spec.channels))
+        plan = _plan(model, source, pictures)
         given = {name: plan.cut(name, given[name]) for name in names}
     return {name.removeprefix(prefix): given[name] for name in names}
 

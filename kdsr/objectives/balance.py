@@ -36,7 +36,7 @@ class Balancer(nn.Module, ABC):
 
     @abstractmethod
     def factors(self) -> dict[str, float]:
-        """What each term is multiplied by now, its own weight left out."""
+        """What each term was multiplied by in the last pass, its own weight left out."""
 
 
 class Fixed(Balancer):
@@ -160,6 +160,7 @@ class ByUncertainty(Balancer):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self._names = tuple(names)
+        self._used = torch.ones(len(names))
         self.log_spreads = nn.Parameter(torch.zeros(len(names)))
 
     def forward(
@@ -169,6 +170,7 @@ class ByUncertainty(Balancer):
         del share
         places = {name: place for place, name in enumerate(self._names)}
         spreads = self.log_spreads.float()
+        self._used = torch.exp(-spreads.detach())
         return {
             name: weights[name] * (value * torch.exp(-spreads[places[name]]) + spreads[places[name]])
             for name, value in values.items()
@@ -176,7 +178,7 @@ class ByUncertainty(Balancer):
 
     def factors(self) -> dict[str, float]:
         """See `Balancer`."""
-        return dict(zip(self._names, torch.exp(-self.log_spreads.detach()).tolist(), strict=True))
+        return dict(zip(self._names, self._used.tolist(), strict=True))
 
 
 def build_balancer(config: Balance, student: nn.Module, kinds: Mapping[str, str]) -> Balancer:

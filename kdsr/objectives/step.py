@@ -150,6 +150,8 @@ class Step:
     def settle(self) -> None:
         """Let go of what only a backward pass needs, which is most of a step's memory."""
         self.sr, self.features = self.sr.detach(), {}
+        if "_taught" in self.__dict__:
+            self._taught = self._taught[0], {}
 
     def upscale(self, lr: Tensor) -> Tensor:
         """The student's output for another input, through which gradients flow too."""

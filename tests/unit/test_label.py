@@ -10,7 +10,7 @@ from kdsr import codecs
 from kdsr.config import BicubicDegradation, DataConfig
 from kdsr.degrade import build_degradation
 from kdsr.engine import Engine
-from kdsr.errors import RequestError, StoreError
+from kdsr.errors import DataError, RequestError, StoreError
 from kdsr.label import Labeller, label_shard, labelled_index, require_labelled
 from kdsr.models import build_model
 from kdsr.pairs import PairMaker, PatchReader
@@ -174,6 +174,13 @@ def test_a_note_whose_shard_is_gone_does_not_vouch_for_one_that_was_cut_off(plac
     assert label(place, upscaler) == first
     for entry in first:
         verify(target, entry)
+
+
+def test_a_note_that_is_no_note_is_named(place, upscaler):
+    first = label(place, upscaler)
+    place[2].put(f"{first[1].key}.json", b"{}")
+    with pytest.raises(DataError, match=rf"{first[1].key}\.json is not what .* delete it and label again"):
+        label(place, upscaler)
 
 
 def test_labels_can_be_labelled_again(place, upscaler):

@@ -36,8 +36,10 @@ from kdsr.spec import (
     PatchDiscriminatorSpec,
     RepChainSpec,
     RrdbnetSpec,
+    SrganDiscriminatorSpec,
     StoredTap,
     TeacherRef,
+    UnetDiscriminatorSpec,
     UnetSpec,
 )
 from kdsr.store import open_store
@@ -57,7 +59,7 @@ from kdsr.terms import (
     UncertaintyBalance,
     UpcyclingTerm,
 )
-from kdsr.training import Worker, autocast_type, check, exported_card, train
+from kdsr.training import Worker, autocast_type, check, exported_card, rehearse, train
 from kdsr.validation import training_pictures
 from tests.pictures import photograph
 from tests.small_shards import row, write_set
@@ -559,6 +561,16 @@ def test_taps_of_a_public_teacher_are_tried_before_anything_starts(shards, tmp_p
         ((OutputTerm(),), ("pixel",), "kind pixel, and terms have none"),
         ((PixelTerm(),), ("output",), "kind output, and terms have none"),
         ((UpcyclingTerm(),), ("pixel", "output"), "kind pixel or output, and terms have none"),
+        (
+            (PixelTerm(weight=0, final_weight=1, ramp=(0.5, 0.5)), OutputTerm()),
+            ("pixel",),
+            "kind pixel, and at 0 of the run others have a weight and none of these",
+        ),
+        (
+            (PixelTerm(final_weight=0, ramp=(0.2, 0.7)), OutputTerm()),
+            ("pixel",),
+            "kind pixel, and at 0.7 of the run others have a weight and none of these",
+        ),
     ],
 )
 def test_a_balance_by_gradients_without_what_it_measures_by_is_refused(
@@ -812,6 +824,26 @@ def test_stored_features_of_too_few_places_of_a_public_teacher_are_refused(tmp_p
 
 
 @pytest.mark.parametrize(
+    "judge",
+    [PatchDiscriminatorSpec(), SrganDiscriminatorSpec(), UnetDiscriminatorSpec()],
+    ids=lambda j: j.kind,
+)
+def test_patches_that_a_discriminator_cannot_judge_are_refused(shards, tmp_path, teacher, judge):
+    terms = (PixelTerm(), AdversarialTerm(discriminator=judge))
+    small, fine = judge.min_size // 2 - 1, judge.min_size // 2
+    for config in (
+        distil_config(shards, tmp_path, teacher, terms=terms),
+        config_for(shards, tmp_path, terms=terms),
+    ):
+        data = config.data.model_copy(update={"patch_size": small})
+        words = f"the {judge.kind} .* judges at least {judge.min_size} pixels a side, .* have {2 * small};"
+        with pytest.raises(RequestError, match=words):
+            check(config.model_copy(update={"data": data}))
+        data = config.data.model_copy(update={"patch_size": fine})
+        check(config.model_copy(update={"data": data}))
+
+
+@pytest.mark.parametrize(
     ("taps", "patch_size", "words"),
     [
         (("conv6_1",), 8, "vgg.safetensors has no tap 'conv6_1'; it has conv1_1, relu1_1"),
@@ -916,6 +948,21 @@ def test_a_shared_extractor_stays_what_it_is_and_the_student_leaves_alone(shards
     assert set(exported.model.state_dict()) == set(fold(build_model(student)).state_dict())
     assert exported.model(torch.rand(1, 3, 5, 6)).shape == (1, 3, 10, 12)
     assert exported.card.teacher.name == "big" and exported.card.trained_for == "fidelity"
+
+
+def test_a_sliced_student_shares_the_channels_that_its_other_layers_were_cut_for(shards, tmp_path):
+    uri = f"file://{tmp_path}/teacher"
+    saved_model(uri, RepChainSpec(scale=2, num_features=16, num_layers=4, folded=True), seed=4)
+    student = RepChainSpec(scale=2, num_features=6, num_layers=4)
+    given = {"student": student, "terms": (PixelTerm(),), "init_from": uri, "inherit": "slice"}
+    sliced, sharing = (
+        fold(rehearse(distil_config(shards, tmp_path, uri, share_extractor=share, **given))[0].model)
+        for share in (False, True)
+    )
+    assert torch.allclose(sliced.layers[0].weight, sharing.layers[0].weight, atol=1e-3)
+    own = build_model(student)
+    share_extractor(own, load_model(uri).model)  # by drawn pictures, which are not those of the run
+    assert not torch.allclose(fold(own).layers[0].weight, sharing.layers[0].weight, atol=1e-3)
 
 
 def test_the_preset_of_the_dam_method_fits_its_teacher_and_ends_with_pixels_alone(shards, tmp_path):

@@ -64,12 +64,14 @@ def test_a_narrower_student_takes_whole_channels_also_when_it_is_deeper(spec: Mo
     assert all(any(torch.equal(kernel, whole) for whole in given) for kernel in own)
 
 
+@pytest.mark.parametrize("drawn", [True, False])
 @pytest.mark.parametrize("spec", LARGE[:5], ids=lambda spec: spec.kind)
-def test_the_choice_of_channels_is_that_of_the_slice(spec: ModelSpec) -> None:
+def test_the_choice_of_channels_is_that_of_the_slice(spec: ModelSpec, drawn: bool) -> None:
     teacher, smaller = net(spec, 0), spec.model_copy(update={"num_features": 6})
     sliced, student = fold(net(smaller, 1)), net(smaller, 2)
-    slice_weights(sliced, fold(teacher), dead_leaves(teacher.spec.channels))
-    share_extractor(student, teacher)
+    pictures = None if drawn else torch.rand(2, 3, 24, 24) ** 3
+    slice_weights(sliced, fold(teacher), dead_leaves(teacher.spec.channels) if pictures is None else pictures)
+    share_extractor(student, teacher, pictures)
     lr = torch.rand(1, 3, 8, 8)
     assert torch.equal(extracted(fold(student), lr), extracted(sliced, lr))
 
