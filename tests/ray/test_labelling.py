@@ -14,18 +14,23 @@ from kdsr.store import open_store
 from tests.pictures import write_photographs
 
 
+def sharded(folder: Path) -> LabelConfig:
+    """Three photographs as shards, to be labelled by the bundled teacher."""
+    write_photographs(folder / "photos", 3)
+    shard(ShardConfig(input=str(folder / "photos"), output=str(folder / "shards"), heldout_fraction=0))
+    return LabelConfig(
+        shards=str(folder / "shards"),
+        teacher=TeacherConfig(uri="edsr-small-x4"),
+        output=str(folder / "labelled"),
+    )
+
+
 def test_a_broken_shard_is_named_and_no_index_is_left(
     ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_photographs(tmp_path / "photos", 3)
-    shard(ShardConfig(input=str(tmp_path / "photos"), output=str(tmp_path / "shards"), heldout_fraction=0))
-    config = LabelConfig(
-        shards=str(tmp_path / "shards"),
-        teacher=TeacherConfig(uri="edsr-small-x4"),
-        output=str(tmp_path / "labelled"),
-        features=(StoredFeatures(tap="head", rank=4),),
-        zoom=ZoomConfig(num_crops=2, side=16),
-    )
+    plain = sharded(tmp_path)
+    more = {"features": (StoredFeatures(tap="head", rank=4),), "zoom": ZoomConfig(num_crops=2, side=16)}
+    config = plain.model_copy(update=more)
     key = read_index(open_store(config.shards)).shards[0].key
     whole = (tmp_path / "shards" / key).read_bytes()
     (tmp_path / "shards" / key).write_bytes(whole[:2000] + bytes(3000) + whole[5000:])
@@ -44,13 +49,7 @@ def test_a_broken_shard_is_named_and_no_index_is_left(
 def test_labels_of_another_teacher_replace_the_index_and_leave_what_a_training_may_read(
     ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_photographs(tmp_path / "photos", 3)
-    shard(ShardConfig(input=str(tmp_path / "photos"), output=str(tmp_path / "shards"), heldout_fraction=0))
-    config = LabelConfig(
-        shards=str(tmp_path / "shards"),
-        teacher=TeacherConfig(uri="edsr-small-x4"),
-        output=str(tmp_path / "labelled"),
-    )
+    config = sharded(tmp_path)
     first = label(config)
     assert "in no index" not in capsys.readouterr().err
     second = label(config.model_copy(update={"teacher": TeacherConfig(uri="photo-tiny-x4")}))
