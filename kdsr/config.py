@@ -235,19 +235,22 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Frozen):
-    """Adam or AdamW, linear warm-up, cosine decay, EMA of the weights."""
+    """Adam, AdamW or Muon, linear warm-up, cosine decay, EMA of the weights."""
 
-    kind: Literal["adam", "adamw"] = "adam"
+    kind: Literal["adam", "adamw", "muon"] = "adam"
+    """`muon` moves every direction of a kernel equally far, and all that is no kernel as adamw does."""
     learning_rate: float = Field(default=1e-3, gt=0)
     final_learning_rate: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     """How much of the means of the gradient, and of its square, is kept each step."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Pull of kernels and matrices to zero: apart from the gradient with adamw, as part of it with adam.
+    """Pull of kernels and matrices to zero: as part of the gradient with adam, apart from it with the others.
 
     Biases and gains do not decay, nor what is trained beside the network.
     """
+    momentum: Beta = 0.95
+    """How much of the mean of a kernel's gradient muon keeps each step."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; not clipped when not set."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
@@ -363,11 +366,16 @@ class TeacherTrainingConfig(TrainingConfig):
     terms: TeacherTerms = (PixelTerm(),)
 
     @model_validator(mode="after")
-    def _balance_sees_whole_gradients(self) -> Self:
+    def _whole_gradients_where_they_are_needed(self) -> Self:
         if self.memory.shard_teacher and isinstance(self.balance, GradientBalance):
             raise ValueError(
                 "balance gradient looks at the gradient of all parameters at once, and with "
                 "memory.shard_teacher no worker has it; set balance.kind to fixed or uncertainty"
+            )
+        if self.memory.shard_teacher and self.optimizer.kind == "muon":
+            raise ValueError(
+                "optimizer muon takes the gradient of a kernel as one matrix, and with "
+                "memory.shard_teacher no worker has all of it; set optimizer.kind to adam or adamw"
             )
         return self
 

@@ -22,6 +22,7 @@ from kdsr.memory import gathered, is_sharded, parted, parted_optimizer, whole
 from kdsr.models import SrModel, build_model
 from kdsr.objectives import Losses
 from kdsr.objectives.step import gradient_norm
+from kdsr.optimizers import build_optimizer
 from kdsr.pairs import Cursor, PairBatch, mixed_seed
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def new_state(
     num_steps: int,
     place: Callable[[nn.Module], object] = lambda network: network,
 ) -> TrainState:
-    """A run that has not begun. Weight decay is for kernels and matrices of `model`, and nothing else.
+    """A run that has not begun.
 
     Parameters that ask for no gradient stay what they are. `place` brings a network, the mean one too, to
     where it is trained.
@@ -139,28 +140,7 @@ def new_state(
     ema = copy.deepcopy(model).eval()
     for network in (model, ema):
         place(network)
-    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    optimizer = kind(
-        _groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=0.0,
-        foreach=True,
-    )
-    return TrainState(model, optimizer, ema, config, num_steps)
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters that decay, and those that do not: biases, gains, slopes, and biases of positions."""
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        shapes = weight_decay > 0 and parameter.dim() > 1 and "bias" not in name.rpartition(".")[-1]
-        (decaying if shapes else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decaying, "weight_decay": weight_decay}, {"params": others}]
-    return [group for group in groups if group["params"]]
+    return TrainState(model, build_optimizer(model, config), ema, config, num_steps)
 
 
 def fit(

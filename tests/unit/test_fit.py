@@ -81,7 +81,7 @@ def test_a_run_that_is_done_takes_no_batch():
     assert run(state, until_step=2, pairs=iter(())) == []
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
 def test_the_loss_goes_down_on_a_toy_problem(kind):
     state = state_of(num_steps=60, kind=kind, spec=EspcnSpec(scale=2, num_features=8), ema_decay=0)
     pair = next(batches())
@@ -269,7 +269,7 @@ def round_trip_through_a_store(state, tmp_path):
 
 
 @pytest.mark.parametrize("through", ["memory", "store"])
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
 def test_a_saved_state_goes_on_bit_for_bit(tmp_path, through, kind):
     whole, first = state_of(kind=kind), state_of(kind=kind)
     whole_reports = run(whole, until_step=6)
