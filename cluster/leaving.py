@@ -1,10 +1,11 @@
-"""How a training is told to leave: SIGTERM to a worker or to the driver, or a node that is taken away.
+"""How a training is told to leave: SIGTERM to a worker or the driver, Ctrl-C, or a node that is taken away.
 
 The driver tells the workers through the cluster's own key-value store, which needs no process more.
 """
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import ray.train
 import torch
 import torch.distributed
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 LOOK_SECONDS = 5.0
 """How often a run asks Ray whether one of its nodes is taken away; Ray itself looks as often."""
@@ -26,6 +27,7 @@ POLL_SECONDS = 0.5
 """How often the first worker asks whether the driver was told to stop."""
 LEAVE_SECONDS = 45.0
 """What workers have to save and leave when their driver was told to stop."""
+SAVING = "\nworkers save and leave; Ctrl-C once more leaves at once, with what was saved before\n"
 NAMESPACE = "kdsr"
 
 _told = threading.Event()
@@ -56,6 +58,13 @@ class ListeningTorchConfig(TorchConfig):  # type: ignore[misc]
     def backend_cls(self) -> type:
         """What Ray sets workers up with."""
         return ListeningBackend
+
+
+class ListeningTrainer(TorchTrainer):  # type: ignore[misc]
+    """Leaves Ctrl-C to `Stop`; with Ray's own handler a run ends without a checkpoint, and without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 class Team:
@@ -108,6 +117,8 @@ class Stop:
 
     key: str = field(default_factory=lambda: f"stop-{uuid4().hex}")
     reason: str = "told to stop"
+    is_by_hand: bool = False
+    """Whether it was Ctrl-C."""
     _told: threading.Event = field(default_factory=threading.Event)
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -115,10 +126,13 @@ class Stop:
         """Whether a signal came, or another reason."""
         return self._told.is_set()
 
-    def hear(self, _signal: int, _frame: FrameType | None) -> None:
-        """Take a SIGTERM; a second one ends at once what the main thread waits for."""
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """Take a SIGTERM or Ctrl-C; a second one ends at once what the main thread waits for."""
         if self._told.is_set():
             raise KeyboardInterrupt
+        self.is_by_hand = number == signal.SIGINT
+        if self.is_by_hand:
+            os.write(sys.stderr.fileno(), SAVING.encode())  # print may be what the signal came into
         self._told.set()
 
     def tell(self, reason: str) -> None:
@@ -144,15 +158,16 @@ class Stop:
 
 @contextmanager
 def heard_by_workers() -> Iterator[Stop]:
-    """SIGTERM to this process, which is connected to a cluster, as something that workers hear."""
+    """SIGTERM and Ctrl-C to this process, which is connected to a cluster, as something that workers hear."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, stop.hear)
+    before = {number: signal.signal(number, stop.hear) for number in (signal.SIGTERM, signal.SIGINT)}
     threading.Thread(target=stop.pass_on, daemon=True).start()
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         stop.end()

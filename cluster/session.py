@@ -45,7 +45,7 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
     Joins `config.address` or RAY_ADDRESS, which `ray job submit` sets for the job. With neither, starts a
     local cluster that no other process can join, with a `dashboard` only for those who need one: it starts
     slowly and is never quite idle. Raises RequestError when the named cluster does not answer, asks for
-    another token, or runs another Ray or Python.
+    another token, or runs another Ray or Python, and KdsrError when a local one does not come up.
     """
     if ray.is_initialized():
         return
@@ -58,14 +58,24 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     if config.cpus_per_worker is not None:
         capacity.require([_this_machine()], Need(config.least_workers, config.cpus_per_worker))
-    ray.init(
-        address="local",
-        num_cpus=logical_cpus(),
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=dashboard,
-        dashboard_host="127.0.0.1",
-        logging_level="warning",
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=logical_cpus(),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            logging_level="warning",
+        )
+    except Exception as error:  # Ray has no class of its own for it
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        raise KdsrError(
+            "Ray did not come up on this machine in the half minute that it gives itself: other work keeps "
+            "the cores busy. Nothing was begun; start the same command again, or join a cluster by "
+            "cluster.address"
+        ) from None
 
 
 def _join(address: str) -> None:

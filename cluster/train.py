@@ -11,7 +11,7 @@ import ray.train
 import torch
 from ray.experimental import tqdm_ray
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import get_device, prepare_model
 from torch import nn
 
 from cluster import data, leaving, session
@@ -48,7 +48,8 @@ def run(config: RunConfig) -> Card:
     `cluster.max_failures` times without a checkpoint in between; those that were told to leave, because
     their node is taken away, count for nothing. Between the two numbers of `cluster.num_workers` Ray takes as
     many workers as there is room for, looks again from time to time, and then begins with all of them at the
-    last checkpoint. SIGTERM lets the workers save and leave, and ends in a KdsrError that says where.
+    last checkpoint. SIGTERM lets the workers save and leave, and ends in a KdsrError that says where; so
+    does Ctrl-C, and ends in a KeyboardInterrupt.
     """
     check(config)
     if (card := exported_card(config)) is not None:
@@ -99,7 +100,9 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
     return card
 
 
-def _stopped(config: RunConfig, stop: leaving.Stop) -> KdsrError:
+def _stopped(config: RunConfig, stop: leaving.Stop) -> BaseException:
+    if stop.is_by_hand:
+        return KeyboardInterrupt()
     return KdsrError(
         f"{stop.reason}: run {config.name} is saved at step {saved_step(config)} of {config.num_steps}; the "
         f"same command goes on from there"
@@ -131,7 +134,7 @@ def _require_progress(config: RunConfig, *, since: LastSave | None) -> None:
     )
 
 
-def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:
+def _trainer(config: RunConfig, stop_key: str) -> leaving.ListeningTrainer:
     cluster = config.cluster
     if cluster.least_workers < cluster.most_workers:
         # Ray looks at its nodes every 20 s, and before that may plan a worker on one that is gone.
@@ -140,7 +143,7 @@ def _trainer(config: RunConfig, stop_key: str) -> TorchTrainer:
     if cluster.use_gpu:
         resources["GPU"] = 1
     filesystem, root = open_store(config.output, config.store).child(config.name).arrow()
-    return TorchTrainer(
+    return leaving.ListeningTrainer(
         _work,
         train_loop_config={
             "kind": type(config).__name__,

@@ -141,7 +141,7 @@ def reaches(process: "subprocess.Popen[str]", config: DistillConfig, step: int) 
 def test_a_run_survives_its_node_and_its_driver(
     cluster: Any, places: Places, whole: Any, tmp_path: Path
 ) -> None:
-    """The node is replaced, the driver told to stop, the next one killed; the third ends the run."""
+    """The node is replaced; drivers are told to stop, interrupted and killed; the fourth ends the run."""
     lost = add_node(cluster)
     config = config_for(places, tmp_path / "runs")
     driver = job(cluster, config, tmp_path)
@@ -157,12 +157,19 @@ def test_a_run_survives_its_node_and_its_driver(
     assert f"told to stop: run run is saved at step {step} of {NUM_STEPS}; the same command goes on" in said
     assert 40 < step < NUM_STEPS
     again = job(cluster, config, tmp_path)
-    reaches(again, config, min(step + 8, NUM_STEPS - 8))
-    again.kill()
-    again.communicate()
+    reaches(again, config, min(step + 8, NUM_STEPS - 24))
+    again.send_signal(signal.SIGINT)
+    said, _ = again.communicate(timeout=LIMIT_SECONDS)
+    assert again.returncode == 130, said
+    assert "save and leave" in said and "stopped by the user; the same command goes on" in said
+    assert step < saved_step(config) < NUM_STEPS
     third = job(cluster, config, tmp_path)
-    said, _ = third.communicate(timeout=LIMIT_SECONDS)
-    assert third.returncode == 0, said
+    reaches(third, config, min(saved_step(config) + 8, NUM_STEPS - 8))
+    third.kill()
+    third.communicate()
+    fourth = job(cluster, config, tmp_path)
+    said, _ = fourth.communicate(timeout=LIMIT_SECONDS)
+    assert fourth.returncode == 0, said
     assert outcome(config) == whole
 
 

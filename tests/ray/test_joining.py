@@ -9,7 +9,7 @@ import ray
 from cluster import session
 from cluster.capacity import Need
 from kdsr.config import ClusterConfig
-from kdsr.errors import RequestError
+from kdsr.errors import KdsrError, RequestError
 from tests.waiting import wait_for
 
 
@@ -33,6 +33,27 @@ def test_where_no_one_listens_is_told_at_once() -> None:
         address = f"127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(RequestError, match=f"no Ray cluster answers at {address}: .*; start it"):
             session.require_answer(address)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told", "said"),
+    [
+        ("The current node timed out during startup.", KdsrError, "did not come up on .* same command again"),
+        ("anything else", ValueError, "anything else"),
+    ],
+)
+def test_a_machine_too_busy_for_ray_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, raised: str, told: type[Exception], said: str
+) -> None:
+    def init(**_: object) -> None:
+        raise Exception(raised) if told is KdsrError else ValueError(raised)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(told, match=said):
+        session.connect(ClusterConfig())
 
 
 def test_a_run_waits_for_others_and_says_so(

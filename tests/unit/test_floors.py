@@ -13,7 +13,8 @@ FLOORS = [
     "errors spec uris terms space config cli provenance",
     "background image codecs tiles store lease shards lanes photos naming turns manifest progress tracking "
     "measures duplicates check client",
-    "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark memory optimizers",
+    "models engine engine_cuda degrade pairs losses objectives metrics checkpoint benchmark memory "
+    "optimizers",
     "fit training validation observe label upscale resize windows encoded objects forecast evaluate report "
     "plots serving "
     "upscale_report check_report compare compare_summary compare_report tune tune_report",
