@@ -1,7 +1,7 @@
 """What moves the weights: Adam, AdamW, and Muon for kernels."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,27 +66,27 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Move all parameters that have a gradient. The gradient of those moved here is gone afterwards."""
         assert closure is None
-        for parameter, group in self._orthogonal():
-            gradient = parameter.grad
-            if gradient is None:
+        for group in self.param_groups:
+            if group.get("is_orthogonal"):
+                self._move(group["params"], rate=group["lr"], weight_decay=group["weight_decay"])
+        super().step()
+
+    def _move(self, parameters: Iterable[nn.Parameter], *, rate: float, weight_decay: float) -> None:
+        ahead: dict[nn.Parameter, Tensor] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
                 # AdamW's own names, for it reads the state of every parameter that it is given.
                 state["step"], state["exp_avg"] = torch.tensor(0.0), torch.zeros_like(parameter)
             state["step"] += 1
-            state["exp_avg"].lerp_(gradient, 1 - self._momentum)
-            ahead = gradient.lerp(state["exp_avg"], self._momentum)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.sub_(orthogonal_step(ahead), alpha=group["lr"])
+            state["exp_avg"].lerp_(parameter.grad, 1 - self._momentum)
+            ahead[parameter] = parameter.grad.lerp(state["exp_avg"], self._momentum)
             parameter.grad = None  # AdamW passes over it
-        super().step()
-
-    def _orthogonal(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
-        for group in self.param_groups:
-            if group.get("is_orthogonal"):
-                for parameter in group["params"]:
-                    yield parameter, group
+        for parameter, step in zip(ahead, orthogonal_steps(list(ahead.values())), strict=True):
+            parameter.mul_(1 - rate * weight_decay)
+            parameter.sub_(step, alpha=rate)
 
 
 RMS_OF_ADAM = 0.2
@@ -98,18 +98,30 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 NUM_QUINTIC_STEPS = 5
 
 
-def orthogonal_step(direction: Tensor) -> Tensor:
-    """About the nearest matrix to `direction` with equal singular values, of a root mean square of 0.2.
+def orthogonal_steps(directions: Sequence[Tensor]) -> list[Tensor]:
+    """About the nearest matrix to each that has equal singular values, of a root mean square of 0.2.
 
-    `direction` is (num_out, num_in, ...), and everything behind num_out is one dimension of the matrix.
+    A direction is (num_out, num_in, ...), and everything behind num_out is one dimension of the matrix. Those
+    of one shape, as most layers of a chain are, pass together: the products are small, and many.
     """
-    matrix = direction.flatten(1).float()
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    matrix = matrix.T if is_tall else matrix
-    matrix = matrix / matrix.norm().clamp_min(1e-12)
+    places: dict[torch.Size, list[int]] = {}
+    for place, direction in enumerate(directions):
+        places.setdefault(direction.shape, []).append(place)
+    steps = list(directions)
+    for same in places.values():
+        matrices = torch.stack([directions[place].flatten(1).float() for place in same])
+        for place, matrix in zip(same, _orthogonal(matrices), strict=True):
+            steps[place] = matrix.view(directions[place].shape).to(directions[place].dtype)
+    return steps
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """(n, rows, columns) with a polynomial that leads all singular values to about one, and scaled."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
     linear, cubic, quintic = QUINTIC
     for _ in range(NUM_QUINTIC_STEPS):
-        square = matrix @ matrix.T
-        matrix = linear * matrix + (cubic * square + quintic * square @ square) @ matrix
-    matrix = matrix.T if is_tall else matrix
-    return (RMS_OF_ADAM * math.sqrt(max(matrix.shape)) * matrix).view_as(direction).to(direction.dtype)
+        square = x @ x.mT
+        x = linear * x + (cubic * square + quintic * square @ square) @ x
+    return RMS_OF_ADAM * math.sqrt(max(x.shape[1:])) * (x.mT if is_tall else x).contiguous()

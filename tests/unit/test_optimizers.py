@@ -9,7 +9,7 @@ from torch import nn
 
 from kdsr.config import DataConfig, MemoryConfig, OptimizerConfig, TeacherTrainingConfig
 from kdsr.models import build_model
-from kdsr.optimizers import RMS_OF_ADAM, build_optimizer, orthogonal_step
+from kdsr.optimizers import RMS_OF_ADAM, build_optimizer, orthogonal_steps
 from kdsr.spec import EdsrSpec, MobileSpec
 
 RATE, DECAY = 1e-2, 0.1
@@ -34,7 +34,7 @@ def gradients_of(network, *, num_steps, seed=0):
 @pytest.mark.parametrize("shape", [(4, 30), (30, 4), (12, 12), (8, 3, 3, 3), (48, 2, 1, 1)])
 def test_a_direction_becomes_the_nearest_orthogonal_matrix_of_adams_size(shape):
     direction = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    step = orthogonal_step(1e3 * direction)
+    (step,) = orthogonal_steps([1e3 * direction])
     assert step.shape == direction.shape and step.dtype == direction.dtype
     left, _, right = torch.linalg.svd(direction.flatten(1), full_matrices=False)
     nearest = left @ right
@@ -44,8 +44,18 @@ def test_a_direction_becomes_the_nearest_orthogonal_matrix_of_adams_size(shape):
     assert step.square().mean().sqrt().item() == pytest.approx(RMS_OF_ADAM, rel=0.25)
 
 
+def test_directions_become_what_each_becomes_alone_in_their_order():
+    random = torch.Generator().manual_seed(0)
+    shapes = [(6, 4, 3, 3), (5, 7), (6, 4, 3, 3), (7, 5), (6, 36)]
+    directions = [torch.randn(shape, generator=random) for shape in shapes]
+    together = orthogonal_steps(directions)
+    for direction, step in zip(directions, together, strict=True):
+        assert step.shape == direction.shape
+        assert torch.allclose(step, orthogonal_steps([direction])[0], atol=1e-5)
+
+
 def test_a_direction_of_nothing_is_no_step():
-    assert not orthogonal_step(torch.zeros(4, 5, 3, 3)).any()
+    assert not orthogonal_steps([torch.zeros(4, 5, 3, 3)])[0].any()
 
 
 def test_matrices_move_as_those_of_torchs_muon_and_the_rest_as_those_of_its_adamw():
