@@ -94,19 +94,19 @@ def _train_until_done(config: RunConfig, stop: leaving.Stop) -> Card:
             if not stop.is_told():
                 raise
         else:
-            _require_progress(config, since=before)
+            if not stop.is_told():
+                _require_progress(config, since=before)
         if stop.is_told() and exported_card(config) is None:
             raise _stopped(config, stop)
     return card
 
 
 def _stopped(config: RunConfig, stop: leaving.Stop) -> BaseException:
+    saved = f"run {config.name} is saved at step {saved_step(config)} of {config.num_steps}"
     if stop.is_by_hand:
+        print(saved, file=sys.stderr)
         return KeyboardInterrupt()
-    return KdsrError(
-        f"{stop.reason}: run {config.name} is saved at step {saved_step(config)} of {config.num_steps}; the "
-        f"same command goes on from there"
-    )
+    return KdsrError(f"{stop.reason}: {saved}; the same command goes on from there")
 
 
 def _own_error(error: TrainingFailedError) -> KdsrError | None:

@@ -161,8 +161,9 @@ def test_a_run_survives_its_node_and_its_driver(
     again.send_signal(signal.SIGINT)
     said, _ = again.communicate(timeout=LIMIT_SECONDS)
     assert again.returncode == 130, said
-    assert "save and leave" in said and "stopped by the user; the same command goes on" in said
     assert step < saved_step(config) < NUM_STEPS
+    assert "save and leave; Ctrl-C once more" in said and f"saved at step {saved_step(config)} of" in said
+    assert "stopped by the user; the same command goes on" in said
     third = job(cluster, config, tmp_path)
     reaches(third, config, min(saved_step(config) + 8, NUM_STEPS - 8))
     third.kill()
