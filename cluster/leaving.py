@@ -5,7 +5,6 @@ The driver tells the workers through the cluster's own key-value store, which ne
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ POLL_SECONDS = 0.5
 LEAVE_SECONDS = 45.0
 """What workers have to save and leave when their driver was told to stop."""
 SAVING = "\nworkers save and leave; Ctrl-C once more leaves at once, with what was saved before\n"
+STDERR = 2
 NAMESPACE = "kdsr"
 
 _told = threading.Event()
@@ -132,7 +132,7 @@ class Stop:
             raise KeyboardInterrupt
         self.is_by_hand = number == signal.SIGINT
         if self.is_by_hand:
-            os.write(sys.stderr.fileno(), SAVING.encode())  # print may be what the signal came into
+            os.write(STDERR, SAVING.encode())  # print may be what the signal came into
         self._told.set()
 
     def tell(self, reason: str) -> None:

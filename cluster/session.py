@@ -72,9 +72,9 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> None:
             raise
         ray.shutdown()
         raise KdsrError(
-            "Ray did not come up on this machine in the half minute that it gives itself: other work keeps "
-            "the cores busy. Nothing was begun; start the same command again, or join a cluster by "
-            "cluster.address"
+            "Ray did not come up on this machine in the half minute that it gives itself, most often because "
+            "other work keeps the cores busy. Nothing was begun; start the same command again, or join a "
+            "cluster by cluster.address"
         ) from None
 
 
